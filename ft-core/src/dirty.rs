@@ -1,0 +1,2 @@
+//! Set of dirty pages.
+pub struct DirtySet;

@@ -1,0 +1,5 @@
+//! What travels.
+
+pub mod message;
+
+pub use message::*;
