@@ -1,0 +1,184 @@
+//! `/proc/PID/smaps`: what a process has mapped.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+
+use super::BlocksError;
+
+/// One line range of `/proc/PID/smaps`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Mapping {
+    pub start: u64,
+    pub end: u64,
+    pub writable: bool,
+    pub executable: bool,
+    pub shared: bool,
+    pub file_offset: u64,
+    /// As `stat` has it.
+    pub device: u64,
+    /// 0: no file.
+    pub inode: u64,
+    pub path: String,
+    /// `MADV_DONTFORK` was set, as QEMU does for every RAM block.
+    pub dont_fork: bool,
+}
+
+impl Mapping {
+    pub(super) fn is_file(&self) -> bool {
+        self.inode != 0
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Whether `next` goes on where this one ends, in the same file: the kernel splits a mapping
+    /// when an attribute of a part of it changes.
+    fn continues_in(&self, next: &Mapping) -> bool {
+        let same = (self.shared, self.writable, self.device, self.inode)
+            == (next.shared, next.writable, next.device, next.inode);
+        let in_file = !self.is_file() || self.file_offset + self.bytes() == next.file_offset;
+        self.end == next.start && same && in_file
+    }
+}
+
+/// All mappings of a process, in order of their addresses.
+#[derive(Debug)]
+pub(super) struct Mappings(pub(super) Vec<Mapping>);
+
+impl Mappings {
+    pub(super) fn read(pid: i32) -> Result<Mappings, BlocksError> {
+        let failed = |source| BlocksError::Process {
+            what: "/proc/PID/smaps".to_owned(),
+            pid,
+            source,
+        };
+        let file = File::open(format!("/proc/{pid}/smaps")).map_err(failed)?;
+        let mut mappings: Vec<Mapping> = Vec::new();
+        for line in BufReader::new(file).lines() {
+            let line = line.map_err(failed)?;
+            if let Some(flags) = line.strip_prefix("VmFlags:") {
+                if let Some(last) = mappings.last_mut() {
+                    last.dont_fork = flags.split_whitespace().any(|f| f == "dc");
+                }
+            } else if let Some(mapping) = parse_head(&line) {
+                mappings.push(mapping);
+            }
+        }
+        Ok(Mappings(mappings))
+    }
+
+    /// The mapping that holds `address`, if from there on at least `bytes` are mapped writable.
+    pub(super) fn covering(&self, address: u64, bytes: u64) -> Option<&Mapping> {
+        let end = address.checked_add(bytes)?;
+        let first = self
+            .0
+            .iter()
+            .position(|m| m.start <= address && address < m.end)?;
+        let mut last = &self.0[first];
+        for next in &self.0[first + 1..] {
+            if last.end >= end || !last.continues_in(next) {
+                break;
+            }
+            last = next;
+        }
+        (last.end >= end && last.writable).then(|| &self.0[first])
+    }
+
+    /// Whether a RAM block of exactly `bytes` is mapped at `address`: it begins and ends there,
+    /// and is marked as QEMU marks its RAM.
+    pub(super) fn is_ram_block(&self, address: u64, bytes: u64) -> bool {
+        let Some(first) = self.0.iter().position(|m| m.start == address) else {
+            return false;
+        };
+        let mut last = &self.0[first];
+        for next in &self.0[first + 1..] {
+            if !last.continues_in(next) {
+                break;
+            }
+            last = next;
+        }
+        let marked = self.0[first..]
+            .iter()
+            .take_while(|m| m.end <= last.end)
+            .all(|m| m.dont_fork);
+        last.end - address == bytes && last.writable && marked
+    }
+}
+
+/// `START-END rw-p OFFSET MAJOR:MINOR INODE   PATH`, or `None` for the lines between.
+fn parse_head(line: &str) -> Option<Mapping> {
+    let mut words = line.splitn(6, ' ');
+    let (start, end) = words.next()?.split_once('-')?;
+    let permissions = words.next()?.as_bytes();
+    let file_offset = u64::from_str_radix(words.next()?, 16).ok()?;
+    let (major, minor) = words.next()?.split_once(':')?;
+    let (major, minor) = (
+        u32::from_str_radix(major, 16).ok()?,
+        u32::from_str_radix(minor, 16).ok()?,
+    );
+    let inode = words.next()?.parse().ok()?;
+    Some(Mapping {
+        start: u64::from_str_radix(start, 16).ok()?,
+        end: u64::from_str_radix(end, 16).ok()?,
+        writable: permissions.get(1) == Some(&b'w'),
+        executable: permissions.get(2) == Some(&b'x'),
+        shared: permissions.get(3) == Some(&b's'),
+        file_offset,
+        device: libc::makedev(major, minor),
+        inode,
+        path: words.next().unwrap_or("").trim().to_owned(),
+        dont_fork: false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(start: u64, end: u64, inode: u64, file_offset: u64) -> Mapping {
+        Mapping {
+            start,
+            end,
+            writable: true,
+            executable: false,
+            shared: inode != 0,
+            file_offset,
+            device: 1,
+            inode,
+            path: String::new(),
+            dont_fork: true,
+        }
+    }
+
+    #[test]
+    fn head_line_is_told_from_the_details() {
+        let line = "7f8297e00000-7f829be00000 rw-s 00001000 00:01 1234                       /memfd:a b (deleted)";
+        let m = parse_head(line).unwrap();
+        assert_eq!((m.start, m.end), (0x7f82_97e0_0000, 0x7f82_9be0_0000));
+        assert!(m.shared && m.writable && !m.executable);
+        assert_eq!(
+            (m.file_offset, m.inode, m.path.as_str()),
+            (0x1000, 1234, "/memfd:a b (deleted)")
+        );
+        assert_eq!(parse_head("Size:              65536 kB"), None);
+        assert_eq!(parse_head("VmFlags: rd wr mr mw me dc ac"), None);
+    }
+
+    #[test]
+    fn split_mapping_counts_as_one_if_the_file_goes_on() {
+        let whole = Mappings(vec![
+            mapping(0x1000, 0x3000, 7, 0),
+            mapping(0x3000, 0x4000, 7, 0x2000),
+        ]);
+        assert!(whole.covering(0x1000, 0x3000).is_some());
+        assert!(whole.is_ram_block(0x1000, 0x3000));
+        assert!(whole.covering(0x1000, 0x3001).is_none());
+        let torn = Mappings(vec![
+            mapping(0x1000, 0x3000, 7, 0),
+            mapping(0x3000, 0x4000, 7, 0x3000),
+        ]);
+        assert!(torn.covering(0x1000, 0x3000).is_none());
+        assert!(!torn.is_ram_block(0x1000, 0x3000));
+    }
+}
