@@ -1,1 +1,330 @@
-//! The primary side.
+//! The primary: takes boundaries, pushes epochs, and knows when its guest must stand still.
+//!
+//! ```text
+//! Unprotected ──hello──► Syncing ──first ack──► Protected ◄──► Tainted
+//!      ▲                    │                       │
+//!      └──── proof of the backup's death, or the operator's word ────┘
+//! ```
+//!
+//! How to drive it: hand every occurrence to [`Primary::handle`] and every expired timer to
+//! [`Primary::handle_timeout`], both with the time; then drain [`Primary::poll_action`], carry
+//! the actions out in order, and read [`Primary::poll_timeout`] again. Nothing here fails: a
+//! peer or a QEMU that misbehaves becomes an action.
+
+mod api;
+mod boundary;
+mod closing;
+mod loss;
+mod push;
+mod session;
+mod sync;
+
+use std::collections::VecDeque;
+
+pub use api::*;
+
+use crate::detector::Lease;
+use crate::types::{Epoch, EpochKind, Micros, RunState, Term};
+use crate::wire::{self, Frame, Message};
+use boundary::Boundary;
+use closing::Closing;
+use push::{Inflight, PushQueue};
+use session::LinkState;
+use sync::Sync;
+
+/// See the module's documentation for how to drive it.
+#[derive(Debug)]
+pub struct Primary {
+    config: PrimaryConfig,
+    vm: PrimaryVm,
+    now: Micros,
+    actions: VecDeque<Action>,
+
+    link: LinkState,
+    attempt: u32,
+    term: Term,
+    lease: Lease,
+    next_heartbeat: Micros,
+    last_heartbeat_sent: Micros,
+
+    protection: Protection,
+    since: Micros,
+    /// The last chunk of an epoch has left: from here on only a proof says that the backup
+    /// can't activate.
+    backup_may_activate: bool,
+    acknowledged: Epoch,
+    acknowledged_boundary: Option<Micros>,
+    /// What the next epoch must carry.
+    next_kind: EpochKind,
+    next_boundary: Micros,
+
+    boundary: Option<Boundary>,
+    inflight: Option<Inflight>,
+    sync: Option<Sync>,
+    push: PushQueue,
+    /// Jobs of the worker that have not reported their end.
+    worker_jobs: u32,
+    closing: Option<Closing>,
+    finished: bool,
+
+    /// The guest would run if we did not hold it.
+    guest_running: bool,
+    /// The run state that the backup's last epoch has; a difference is worth an epoch.
+    run_state_sent: Option<RunState>,
+    hold: Hold,
+    /// STOP and RESUME events that our own commands will cause.
+    own_stops: u32,
+    own_resumes: u32,
+    failures: u32,
+}
+
+/// Why the guest is held outside of a boundary.
+#[derive(Clone, Copy, Debug, Default)]
+struct Hold {
+    /// The lease is over, or a switchover waits for its answer.
+    fenced: bool,
+    throttled: bool,
+    /// Replies to `stop` and `cont` that belong to the hold.
+    pauses_pending: u32,
+    resumes_pending: u32,
+}
+
+impl Primary {
+    pub fn new(config: PrimaryConfig, vm: PrimaryVm, now: Micros) -> Primary {
+        let mut primary = Primary {
+            link: LinkState::Down { retry_at: None },
+            attempt: 0,
+            term: config.term,
+            lease: Lease::new(config.lease, now),
+            next_heartbeat: now,
+            last_heartbeat_sent: now,
+            protection: Protection::Unprotected,
+            since: now,
+            backup_may_activate: false,
+            acknowledged: Epoch::NONE,
+            acknowledged_boundary: None,
+            next_kind: EpochKind::Delta,
+            next_boundary: now,
+            boundary: None,
+            inflight: None,
+            sync: None,
+            push: PushQueue::default(),
+            worker_jobs: 0,
+            closing: None,
+            finished: false,
+            guest_running: vm.running,
+            run_state_sent: None,
+            hold: Hold::default(),
+            own_stops: 0,
+            own_resumes: 0,
+            failures: 0,
+            actions: VecDeque::new(),
+            now,
+            config,
+            vm,
+        };
+        primary.connect();
+        primary
+    }
+
+    /// Tells the machine what has happened at `now`.
+    pub fn handle(&mut self, now: Micros, input: Input<'_>) {
+        if self.finished {
+            return;
+        }
+        self.now = self.now.max(now);
+        match input {
+            Input::LinkUp => self.on_link_up(),
+            Input::LinkDown(down) => self.on_link_down(down),
+            Input::Message(bytes) => self.on_bytes(bytes),
+            Input::Paused => self.on_paused(),
+            Input::Saved { bytes } => self.on_saved(bytes),
+            Input::Harvested(harvest) => self.on_harvested(harvest),
+            Input::GateMoved => self.on_gate_moved(),
+            Input::Resumed => self.on_resumed(),
+            Input::StepFailed { step, text } => self.on_step_failed(step, text),
+            Input::Released(epoch) => self.on_released(epoch),
+            Input::ChunkReady { index, last, bytes } => self.on_chunk_ready(index, last, bytes),
+            Input::ChunkPushed { index } => self.on_chunk_pushed(index),
+            Input::AllArmed => self.on_all_armed(),
+            Input::RoundStarted { pages } => self.on_round_started(pages),
+            Input::RoundFilled { done } => self.on_round_filled(done),
+            Input::Qemu(event) => self.on_qemu(event),
+            Input::Command(command) => self.on_command(command),
+            Input::ShapeChanged(text) => self.on_shape_changed(text),
+        }
+        self.advance();
+    }
+
+    /// To be called when [`Primary::poll_timeout`] has come.
+    pub fn handle_timeout(&mut self, now: Micros) {
+        if self.finished {
+            return;
+        }
+        self.now = self.now.max(now);
+        self.on_lease_timeout();
+        self.on_connect_timeout();
+        self.on_heartbeat_timeout();
+        self.on_throttle_timeout();
+        self.on_closing_timeout();
+        self.advance();
+    }
+
+    /// The next thing to do. To be drained after every `handle` and `handle_timeout`.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When to call [`Primary::handle_timeout`]; `None` if only an input can change anything.
+    pub fn poll_timeout(&self) -> Option<Micros> {
+        if self.finished {
+            return None;
+        }
+        [
+            self.lease_deadline(),
+            self.connect_deadline(),
+            self.link.is_up().then_some(self.next_heartbeat),
+            self.throttle_deadline(),
+            self.closing.as_ref().and_then(Closing::deadline),
+            self.boundary_possible().then_some(self.next_boundary),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    pub fn status(&self) -> Status {
+        Status {
+            state: self.protection,
+            since: self.since,
+            link_up: self.link.is_up(),
+            last_acknowledged: self.acknowledged,
+            term: self.term,
+            guest_running: self.guest_running,
+            fenced: self.hold.fenced,
+            behind: self.acknowledged_boundary.map(|at| self.now.since(at)),
+            shape_blocks: self.vm.shape.blocks.len(),
+        }
+    }
+
+    /// Does what has become possible. Every input ends here.
+    fn advance(&mut self) {
+        self.settle_session();
+        self.pump();
+        self.advance_closing();
+        self.advance_sync();
+        if self.boundary_possible() && self.now >= self.next_boundary {
+            self.start_boundary();
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        self.actions.push_back(action);
+    }
+
+    fn report(&mut self, report: Report) {
+        self.act(Action::Report(report));
+    }
+
+    fn send(&mut self, epoch: Epoch, message: &Message) {
+        let frame = Frame {
+            epoch,
+            ..self.frame()
+        };
+        let bytes = wire::encode(frame, message);
+        self.act(Action::Send(bytes));
+    }
+
+    fn frame(&self) -> Frame {
+        Frame {
+            vm: self.config.vm,
+            session: self.config.session,
+            term: self.term,
+            epoch: Epoch::NONE,
+        }
+    }
+
+    fn set_protection(&mut self, protection: Protection) {
+        if self.protection != protection {
+            self.protection = protection;
+            self.since = self.now;
+        }
+    }
+
+    fn finish(&mut self, end: End) {
+        self.act(Action::Finish(end));
+        self.finished = true;
+    }
+
+    fn pause_vm(&mut self) {
+        self.own_stops += 1;
+        self.act(Action::PauseVm);
+    }
+
+    fn resume_vm(&mut self) {
+        self.own_resumes += 1;
+        self.act(Action::ResumeVm);
+    }
+
+    /// The guest stands still for a reason that is not a boundary.
+    fn held(&self) -> bool {
+        self.hold.fenced || self.hold.throttled
+    }
+
+    fn hold_pending(&self) -> bool {
+        self.hold.pauses_pending > 0 || self.hold.resumes_pending > 0
+    }
+
+    fn set_throttled(&mut self, throttled: bool) {
+        if self.hold.throttled == throttled {
+            return;
+        }
+        self.hold.throttled = throttled;
+        self.report(Report::Throttled(throttled));
+        if throttled {
+            self.hold.pauses_pending += 1;
+            self.pause_vm();
+        } else {
+            self.resume_if_free();
+        }
+    }
+
+    /// Lets the guest run again if nothing else holds it.
+    fn resume_if_free(&mut self) {
+        if self.guest_running && !self.held() && self.boundary.is_none() {
+            self.hold.resumes_pending += 1;
+            self.resume_vm();
+        }
+    }
+
+    fn on_qemu(&mut self, event: QemuEvent) {
+        match event {
+            QemuEvent::Stopped if self.own_stops > 0 => self.own_stops -= 1,
+            QemuEvent::Stopped if self.hold.fenced => {}
+            QemuEvent::Stopped => {
+                if self.guest_running {
+                    self.guest_running = false;
+                    self.report(Report::GuestStopped);
+                }
+            }
+            QemuEvent::Resumed if self.own_resumes > 0 => self.own_resumes -= 1,
+            QemuEvent::Resumed => self.on_foreign_resume(),
+            QemuEvent::Shutdown => self.on_shutdown(),
+            QemuEvent::Gone(text) => self.on_qemu_gone(text),
+        }
+    }
+
+    /// Somebody else has sent `cont`.
+    fn on_foreign_resume(&mut self) {
+        if !self.guest_running {
+            self.guest_running = true;
+            self.report(Report::GuestResumed);
+        }
+        if self.hold.fenced {
+            self.act(Action::FenceVm);
+        }
+        if self.boundary.as_ref().is_some_and(|b| !b.resume_asked()) {
+            self.abort_boundary("somebody else resumed the guest during a boundary".to_owned());
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! What goes into the primary's machine and what comes out of it.
+
+use std::time::Duration;
+
+use crate::shape::VmShape;
+use crate::types::{Epoch, EpochKind, GrantToken, RunState, Session, Term, VmTag};
+use crate::wire::{ChunkTag, RefusalCode};
+
+/// Everything that the operator decides.
+#[derive(Clone, Debug)]
+pub struct PrimaryConfig {
+    pub vm_id: String,
+    pub vm: VmTag,
+    pub session: Session,
+    /// The highest term that this host has stored.
+    pub term: Term,
+    /// From one boundary to the next.
+    pub epoch_interval: Duration,
+    pub heartbeat: Duration,
+    /// T: without an answered heartbeat for this long, the guest is stopped.
+    pub lease: Duration,
+    pub on_backup_loss: OnBackupLoss,
+    /// An epoch that is unacknowledged for this long pauses the guest until it is.
+    pub max_unacked: Duration,
+    /// Every Nth boundary hashes all of RAM; 0 for never.
+    pub audit_every: u64,
+    /// Chunks that a live round may have filled and not yet pushed.
+    pub sync_chunks: u32,
+}
+
+/// What to do when the backup falls silent, which proves nothing about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnBackupLoss {
+    /// Stop the guest when the lease ends: at most one copy runs, whatever happened.
+    Pause,
+    /// Run on: the operator has chosen availability, and a cut-off backup may run too.
+    Continue,
+}
+
+/// What happened outside.
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// All three lanes of a link to the backup are connected.
+    LinkUp,
+    LinkDown(LinkDown),
+    Message(&'a [u8]),
+
+    /// `stop` has returned: the guest is paused and its disks are drained.
+    Paused,
+    /// The device state is in the sink.
+    Saved {
+        bytes: u64,
+    },
+    /// Dirty pages are armed again and all of them are in chunks.
+    Harvested(Harvest),
+    GateMoved,
+    /// `cont` has returned.
+    Resumed,
+    /// A step of the boundary failed; QEMU or the kernel said why.
+    StepFailed {
+        step: Step,
+        text: String,
+    },
+    Released(Epoch),
+    /// A chunk of the epoch (or of the live round) can be pushed.
+    ChunkReady {
+        index: u32,
+        last: bool,
+        bytes: u64,
+    },
+    /// The link is done with a chunk.
+    ChunkPushed {
+        index: u32,
+    },
+    /// Every page of RAM is armed; the first live round may start.
+    AllArmed,
+    /// A live round has collected its dirty pages, and may be filled.
+    RoundStarted {
+        pages: u64,
+    },
+    /// A [`Action::FillRound`] has reported all its chunks.
+    RoundFilled {
+        done: bool,
+    },
+
+    Qemu(QemuEvent),
+    Command(Command),
+    /// The guest-visible shape changed, or something that blocks a save appeared.
+    ShapeChanged(String),
+}
+
+/// The work of one boundary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Harvest {
+    pub dirty_pages: u64,
+}
+
+/// How the link to the backup ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkDown {
+    /// FIN on the proof lane: the backup's daemon and its QEMU are both gone.
+    PeerDead,
+    /// Anything else proves nothing.
+    Broken(String),
+}
+
+/// The steps of a boundary that can fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Pause,
+    Save,
+    Harvest,
+    Gate,
+    Seal,
+    Resume,
+    Arm,
+    Round,
+}
+
+/// What QEMU says by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QemuEvent {
+    Stopped,
+    Resumed,
+    /// The guest powered off, or somebody told QEMU to quit.
+    Shutdown,
+    /// The process or its monitor is gone.
+    Gone(String),
+}
+
+/// What an operator asks of a running primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    Detach,
+    Switchover,
+    /// Run on without the backup, although it may be alive.
+    Continue,
+    Rehearse,
+}
+
+/// What the driver has to do. In order; the driver reports completions as [`Input`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Connect to the backup; then [`Input::LinkUp`] or [`Input::LinkDown`].
+    Connect,
+    /// Let go of control and bulk, after what is queued was given to the kernel, and drop all
+    /// chunks that were not pushed. The proof lane stays watched until [`Action::KeepProof`]:
+    /// its FIN may be on its way.
+    CloseLink,
+    /// Backup and primary have agreed on this link: the proof lanes of earlier ones mean
+    /// nothing now, and QEMU may close its copies. Not sooner, or the backup takes that for
+    /// our death.
+    KeepProof,
+    Send(Vec<u8>),
+
+    /// → [`Input::Paused`]
+    PauseVm,
+    /// → [`Input::Saved`]. Goes out in the same write as the pause.
+    SaveDevices,
+    /// Take the dirty set into the epoch and copy it. → [`Input::ChunkReady`] as chunks fill,
+    /// then [`Input::Harvested`]
+    Harvest {
+        epoch: Epoch,
+        kind: EpochKind,
+        audit: bool,
+    },
+    /// Append device state and trailer to the last chunk. → [`Input::ChunkReady`] with `last`
+    Seal {
+        epoch: Epoch,
+        base: Epoch,
+        run_state: RunState,
+    },
+    /// Move the output of the running epoch to the second stage. → [`Input::GateMoved`]
+    MoveGate,
+    /// → [`Input::Resumed`]
+    ResumeVm,
+    /// The epoch's output may leave. → [`Input::Released`]
+    Release(Epoch),
+    /// Hold the guest's output from now on, or let it pass.
+    Gate(GateState),
+
+    /// Arm all pages while the guest is paused. → [`Input::AllArmed`]
+    ArmAll,
+    /// Collect the dirty pages (`all`: every page) of a live round. → [`Input::RoundStarted`]
+    StartRound {
+        all: bool,
+    },
+    /// Fill at most `chunks` chunks, numbered from `first_index`. → [`Input::ChunkReady`]s and
+    /// [`Input::RoundFilled`]
+    FillRound {
+        first_index: u32,
+        chunks: u32,
+    },
+    Push {
+        index: u32,
+        to: GrantToken,
+        tag: ChunkTag,
+    },
+    /// The epoch is acknowledged: its dirty set and chunks are not needed any more.
+    DropDirt,
+    /// The epoch is aborted: its dirty set goes back, its chunks are freed.
+    MergeDirt,
+
+    Guardian {
+        armed: bool,
+    },
+    StoreTerm {
+        term: Term,
+        protected: bool,
+    },
+    /// Stop the guest and keep it stopped: the lease is over.
+    FenceVm,
+    /// End QEMU: the other copy is the real one, or the guest is done.
+    EndVm,
+    /// Leave QEMU running as it was before the attach: no tracker, no gate, no descriptor.
+    LeaveVm,
+    Report(Report),
+    /// Nothing more will come.
+    Finish(End),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateState {
+    Open,
+    Closed,
+}
+
+/// How a primary ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest runs on, unprotected.
+    Detached,
+    PoweredOff,
+    /// The backup runs the guest now, because the operator wanted it.
+    SwitchedOver {
+        term: Term,
+    },
+    /// The backup runs the guest now.
+    FailedOver {
+        term: Term,
+    },
+    /// The backup can't take over and QEMU is gone.
+    Lost(String),
+    /// The backup refused us, for good.
+    Refused {
+        code: RefusalCode,
+        text: String,
+    },
+}
+
+/// For people and logs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    Connected,
+    SyncProgress {
+        round: u32,
+        pages_sent: u64,
+        pages_total: u64,
+    },
+    /// The backup holds a complete epoch: protection begins.
+    Synced {
+        epoch: Epoch,
+        rounds: u32,
+        took: Duration,
+    },
+    Epoch(EpochReport),
+    Audit {
+        epoch: Epoch,
+        mismatched_blocks: Vec<u16>,
+    },
+    /// Protection is off until a full epoch is acknowledged.
+    Tainted(String),
+    BackupLost {
+        proven: bool,
+        text: String,
+    },
+    /// The lease is over; the guest is stopped.
+    Fenced,
+    Unfenced,
+    /// The guest is paused because the backup is slow (`true`), or goes on (`false`).
+    Throttled(bool),
+    GuestStopped,
+    GuestResumed,
+    Rehearsed {
+        ok: bool,
+        text: String,
+    },
+    Error(String),
+    Note(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EpochReport {
+    pub epoch: Epoch,
+    pub kind: EpochKind,
+    /// `stop` submitted → reply to `cont`.
+    pub pause: Duration,
+    pub dirty_pages: u64,
+    /// Bytes pushed.
+    pub bytes: u64,
+    /// Reply to `cont` → acknowledgement.
+    pub commit: Duration,
+}
+
+/// For `status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    pub state: Protection,
+    pub since: crate::types::Micros,
+    pub link_up: bool,
+    pub last_acknowledged: Epoch,
+    pub term: Term,
+    pub guest_running: bool,
+    pub fenced: bool,
+    /// Age of the last acknowledged boundary.
+    pub behind: Option<Duration>,
+    pub shape_blocks: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    Unprotected,
+    Syncing,
+    Protected,
+    /// An audit failed; a full epoch is on its way.
+    Tainted,
+}
+
+/// What the machine needs to know of the VM.
+#[derive(Clone, Debug)]
+pub struct PrimaryVm {
+    pub shape: VmShape,
+    pub running: bool,
+}

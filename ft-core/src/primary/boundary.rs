@@ -1,0 +1,366 @@
+//! One boundary: pause, save while scanning and harvesting, move the gate, resume.
+//!
+//! The save and the harvest run at the same time, in QEMU and in the worker. Neither waits for
+//! the network. A step that fails ends the boundary: the guest goes on, the dirt goes back.
+
+use super::closing::Closing;
+use super::push::Inflight;
+use super::{Action, GateState, Harvest, Primary, Protection, Report, Step};
+use crate::types::{Epoch, EpochKind, Micros, RunState};
+use std::time::Duration;
+
+/// After a failed boundary the next one waits, twice as long each time, up to a second.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(super) struct Boundary {
+    epoch: Epoch,
+    kind: EpochKind,
+    started: Micros,
+    run_state: RunState,
+    /// The last one before a switchover: the guest stays where it is.
+    stay_paused: bool,
+    /// Completions that are still to come.
+    pause: bool,
+    save: bool,
+    harvest: bool,
+    gate: bool,
+    resume: bool,
+    gate_asked: bool,
+    resume_asked: bool,
+    aborted: bool,
+}
+
+impl Boundary {
+    pub(super) fn resume_asked(&self) -> bool {
+        self.resume_asked
+    }
+
+    fn work_done(&self) -> bool {
+        !self.pause && !self.save && !self.harvest
+    }
+
+    fn all_done(&self) -> bool {
+        self.work_done() && !self.gate && !self.resume
+    }
+}
+
+impl Primary {
+    /// Whether a boundary may be taken as soon as its time has come.
+    pub(super) fn boundary_possible(&self) -> bool {
+        let protecting = matches!(self.protection, Protection::Protected | Protection::Tainted);
+        let first = self
+            .sync
+            .as_ref()
+            .is_some_and(super::Sync::ready_for_first_epoch);
+        let run_state = self.run_state();
+        let worth = run_state == RunState::Running
+            || first
+            || self.next_kind == EpochKind::Full
+            || self.run_state_sent != Some(run_state)
+            || self.switchover_wanted();
+        self.link.is_up()
+            && (protecting || first)
+            && worth
+            && self.boundary.is_none()
+            && self.inflight.is_none()
+            && self.worker_jobs == 0
+            && !self.held()
+            && !self.hold_pending()
+            && self.closing.as_ref().is_none_or(Closing::allows_boundary)
+    }
+
+    pub(super) fn run_state(&self) -> RunState {
+        if self.guest_running {
+            RunState::Running
+        } else {
+            RunState::Stopped
+        }
+    }
+
+    pub(super) fn start_boundary(&mut self) {
+        let run_state = self.run_state();
+        let running = run_state == RunState::Running;
+        let epoch = self.acknowledged.next();
+        let audit = self.config.audit_every > 0 && epoch.0.is_multiple_of(self.config.audit_every);
+        let kind = std::mem::replace(&mut self.next_kind, EpochKind::Delta);
+        self.next_boundary = self.now + self.config.epoch_interval;
+        self.boundary = Some(Boundary {
+            epoch,
+            kind,
+            started: self.now,
+            run_state,
+            stay_paused: self.switchover_wanted(),
+            pause: running,
+            save: true,
+            harvest: true,
+            gate: false,
+            resume: false,
+            gate_asked: false,
+            resume_asked: false,
+            aborted: false,
+        });
+        self.inflight = Some(Inflight {
+            epoch,
+            kind,
+            audit,
+            run_state,
+            boundary_at: self.now,
+            resumed: None,
+            dirty_pages: 0,
+            bytes: 0,
+            last_ready: false,
+            last_pushed: false,
+            acknowledged: None,
+            released: false,
+        });
+        if running {
+            self.pause_vm();
+        }
+        self.act(Action::SaveDevices);
+        if !running {
+            self.harvest();
+        }
+    }
+
+    fn harvest(&mut self) {
+        let Some(inflight) = &self.inflight else {
+            return;
+        };
+        let (epoch, kind, audit) = (inflight.epoch, inflight.kind, inflight.audit);
+        self.worker_jobs += 1;
+        self.act(Action::Harvest { epoch, kind, audit });
+    }
+
+    pub(super) fn on_paused(&mut self) {
+        if self.hold.pauses_pending > 0 {
+            self.hold.pauses_pending -= 1;
+            return;
+        }
+        if self.sync.as_mut().is_some_and(super::Sync::paused) {
+            self.worker_jobs += 1;
+            return self.act(Action::ArmAll);
+        }
+        let Some(boundary) = &mut self.boundary else {
+            return;
+        };
+        boundary.pause = false;
+        if boundary.aborted {
+            boundary.harvest = false;
+            return self.advance_boundary();
+        }
+        self.harvest();
+    }
+
+    pub(super) fn on_saved(&mut self, _bytes: u64) {
+        if let Some(boundary) = &mut self.boundary {
+            boundary.save = false;
+            self.advance_boundary();
+        }
+    }
+
+    pub(super) fn on_harvested(&mut self, harvest: Harvest) {
+        self.worker_jobs -= 1;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.dirty_pages = harvest.dirty_pages;
+        }
+        if let Some(boundary) = &mut self.boundary {
+            boundary.harvest = false;
+            self.advance_boundary();
+        }
+    }
+
+    pub(super) fn on_gate_moved(&mut self) {
+        if let Some(boundary) = &mut self.boundary {
+            boundary.gate = false;
+            self.advance_boundary();
+        }
+    }
+
+    fn advance_boundary(&mut self) {
+        let Some(boundary) = &mut self.boundary else {
+            return;
+        };
+        if boundary.aborted {
+            if boundary.all_done() {
+                self.end_aborted();
+            }
+            return;
+        }
+        if !boundary.work_done() {
+            return;
+        }
+        if !boundary.gate_asked {
+            boundary.gate_asked = true;
+            boundary.gate = true;
+            // Output of the epoch that starts now must wait for its acknowledgement, so the
+            // gate closes at the first boundary and not only when that is acknowledged.
+            let first = self.acknowledged == Epoch::NONE;
+            let action = if first {
+                Action::Gate(GateState::Closed)
+            } else {
+                Action::MoveGate
+            };
+            return self.act(action);
+        }
+        if boundary.gate {
+            return;
+        }
+        if !boundary.resume_asked {
+            boundary.resume_asked = true;
+            let resume = boundary.run_state == RunState::Running && !boundary.stay_paused;
+            boundary.resume = resume;
+            let (epoch, run_state) = (boundary.epoch, boundary.run_state);
+            if resume {
+                self.resume_vm();
+            } else if boundary.stay_paused {
+                self.hold.fenced = true;
+            }
+            self.worker_jobs += 1;
+            self.act(Action::Seal {
+                epoch,
+                base: self.acknowledged,
+                run_state,
+            });
+            if !resume {
+                self.end_boundary(false);
+            }
+        }
+    }
+
+    pub(super) fn on_resumed(&mut self) {
+        if self.hold.resumes_pending > 0 {
+            self.hold.resumes_pending -= 1;
+            self.own_resumes = 0;
+            return;
+        }
+        if self.sync.as_mut().is_some_and(super::Sync::resumed) {
+            (self.own_stops, self.own_resumes) = (0, 0);
+            return;
+        }
+        let Some(boundary) = &mut self.boundary else {
+            return;
+        };
+        boundary.resume = false;
+        if boundary.aborted {
+            return self.advance_boundary();
+        }
+        self.end_boundary(true);
+    }
+
+    fn end_boundary(&mut self, resumed: bool) {
+        let Some(boundary) = self.boundary.take() else {
+            return;
+        };
+        // The events of a command come before its reply: what is still expected never comes.
+        (self.own_stops, self.own_resumes) = (0, 0);
+        self.failures = 0;
+        if resumed && let Some(inflight) = &mut self.inflight {
+            inflight.resumed = Some((self.now, self.now.since(boundary.started)));
+        }
+        self.close_epoch();
+    }
+
+    pub(super) fn on_step_failed(&mut self, step: Step, text: String) {
+        let text = format!("{} failed: {text}", step.name());
+        match step {
+            Step::Arm | Step::Round => {
+                self.worker_jobs -= 1;
+                return self.on_sync_failed(text);
+            }
+            Step::Seal => {
+                self.worker_jobs -= 1;
+                self.report(Report::Error(text));
+                return self.abandon_inflight();
+            }
+            Step::Pause if self.hold.pauses_pending > 0 => self.hold.pauses_pending -= 1,
+            Step::Resume if self.hold.resumes_pending > 0 => self.hold.resumes_pending -= 1,
+            Step::Pause => self.own_stops = 0,
+            Step::Harvest => self.worker_jobs -= 1,
+            Step::Save | Step::Gate | Step::Resume => {}
+        }
+        if self.sync.as_ref().is_some_and(super::Sync::arming) {
+            return self.on_sync_failed(text);
+        }
+        let Some(boundary) = &mut self.boundary else {
+            return self.report(Report::Error(text));
+        };
+        match step {
+            Step::Pause => {
+                boundary.pause = false;
+                boundary.harvest = false;
+            }
+            Step::Save => boundary.save = false,
+            Step::Harvest => boundary.harvest = false,
+            Step::Gate => boundary.gate = false,
+            Step::Resume => boundary.resume = false,
+            Step::Seal | Step::Arm | Step::Round => {}
+        }
+        self.abort_boundary(text);
+    }
+
+    /// Lets the guest go on at once; the epoch's dirt goes back when its harvest has ended.
+    pub(super) fn abort_boundary(&mut self, text: String) {
+        self.report(Report::Error(format!("epoch aborted: {text}")));
+        let Some(boundary) = &mut self.boundary else {
+            return;
+        };
+        if !boundary.aborted {
+            boundary.aborted = true;
+            if boundary.kind == EpochKind::Full {
+                self.next_kind = EpochKind::Full;
+            }
+            let paused = !boundary.resume_asked && boundary.run_state == RunState::Running;
+            boundary.resume_asked = true;
+            boundary.resume = paused && !self.hold.fenced && self.guest_running;
+            if boundary.resume {
+                self.resume_vm();
+            }
+        }
+        self.advance_boundary();
+    }
+
+    fn end_aborted(&mut self) {
+        self.boundary = None;
+        (self.own_stops, self.own_resumes) = (0, 0);
+        self.failures += 1;
+        let backoff = RETRY_MIN
+            .saturating_mul(1 << self.failures.min(8))
+            .min(RETRY_MAX);
+        self.next_boundary = self.now + backoff;
+        self.abandon_inflight();
+    }
+
+    /// Gives up an epoch that was not acknowledged. If part of it may be on its way, the link
+    /// goes with it: the next hello settles what the backup has.
+    fn abandon_inflight(&mut self) {
+        let Some(inflight) = self.inflight.take_if(|i| !i.last_ready) else {
+            // All of it may have arrived: whether it counts is the backup's to say.
+            return self
+                .break_link("whether the epoch counts is settled by a new hello".to_owned());
+        };
+        if inflight.kind == EpochKind::Full {
+            self.next_kind = EpochKind::Full;
+        }
+        self.act(Action::MergeDirt);
+        if inflight.bytes > 0 {
+            self.break_link(format!("epoch {} was given up", inflight.epoch));
+        }
+    }
+}
+
+impl Step {
+    fn name(self) -> &'static str {
+        match self {
+            Step::Pause => "stop",
+            Step::Save => "saving the device state",
+            Step::Harvest => "harvesting dirty pages",
+            Step::Gate => "moving the output gate",
+            Step::Seal => "sealing the epoch",
+            Step::Resume => "cont",
+            Step::Arm => "arming the tracker",
+            Step::Round => "a live round",
+        }
+    }
+}

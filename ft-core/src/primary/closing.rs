@@ -1,0 +1,219 @@
+//! Ending the protection: detach, power-off, switchover, and a QEMU that died.
+
+use std::time::Duration;
+
+use super::{Action, End, Primary, Report};
+use crate::types::{Epoch, Micros};
+use crate::wire::{Farewell, Message};
+
+/// How long the backup may take to confirm an end in good order.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the backup may take to activate when it was told to.
+const ACTIVATION_PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub(super) struct Closing {
+    kind: Kind,
+    /// The message is out; until when an answer is waited for.
+    asked: Option<Micros>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// The guest runs on.
+    Detach(End),
+    PoweredOff,
+    Switchover,
+    QemuDied(String),
+}
+
+impl Closing {
+    pub(super) fn detach(end: End) -> Closing {
+        Closing {
+            kind: Kind::Detach(end),
+            asked: None,
+        }
+    }
+
+    pub(super) fn switchover() -> Closing {
+        Closing {
+            kind: Kind::Switchover,
+            asked: None,
+        }
+    }
+
+    pub(super) fn is_switchover(&self) -> bool {
+        matches!(self.kind, Kind::Switchover)
+    }
+
+    pub(super) fn allows_boundary(&self) -> bool {
+        self.is_switchover() && self.asked.is_none()
+    }
+
+    pub(super) fn deadline(&self) -> Option<Micros> {
+        self.asked
+    }
+}
+
+impl Primary {
+    pub(super) fn begin_closing(&mut self, closing: Closing) {
+        if self.closing.is_none() {
+            self.closing = Some(closing);
+        }
+    }
+
+    pub(super) fn switchover_wanted(&self) -> bool {
+        self.closing
+            .as_ref()
+            .is_some_and(|c| c.is_switchover() && c.asked.is_none())
+    }
+
+    pub(super) fn on_shutdown(&mut self) {
+        self.guest_running = false;
+        self.closing = Some(Closing {
+            kind: Kind::PoweredOff,
+            asked: None,
+        });
+    }
+
+    pub(super) fn on_qemu_gone(&mut self, text: String) {
+        self.boundary = None;
+        self.sync = None;
+        self.guest_running = false;
+        if let Some(Closing {
+            kind: Kind::PoweredOff,
+            ..
+        }) = self.closing
+        {
+            return; // it was told to quit; the farewell is on its way
+        }
+        self.closing = Some(Closing {
+            kind: Kind::QemuDied(text),
+            asked: None,
+        });
+    }
+
+    /// Sends the last word when nothing is under way that it could overtake.
+    pub(super) fn advance_closing(&mut self) {
+        let Some(closing) = &self.closing else { return };
+        if closing.asked.is_some() || self.finished {
+            return;
+        }
+        let (up, backup_matters) = (self.link.is_up(), self.backup_may_activate);
+        match &closing.kind {
+            Kind::Detach(_) => {
+                if self.boundary.is_some() || self.sync.as_ref().is_some_and(|s| s.arming()) {
+                    return;
+                }
+                if up {
+                    self.say_farewell(Farewell::Detach);
+                } else if !backup_matters {
+                    self.end_closing();
+                }
+                // Else: wait for the link, the proof or the operator. Leaving now would let
+                // the backup start a second copy.
+            }
+            Kind::PoweredOff if up => self.say_farewell(Farewell::PoweredOff),
+            Kind::PoweredOff if backup_matters => self.wait_until(FAREWELL_PATIENCE),
+            Kind::PoweredOff => self.end_closing(),
+            Kind::QemuDied(text) if up && backup_matters => {
+                let text = text.clone();
+                self.send(self.acknowledged, &Message::QemuDied { text });
+                self.wait_until(ACTIVATION_PATIENCE);
+            }
+            Kind::QemuDied(_) if backup_matters => {
+                self.wait_until(self.config.lease + ACTIVATION_PATIENCE);
+            }
+            Kind::QemuDied(_) => self.end_closing(),
+            Kind::Switchover => {
+                // The last epoch leaves the guest fenced; its release ends it.
+                if self.hold.fenced && self.boundary.is_none() && self.inflight.is_none() && up {
+                    self.send(self.acknowledged, &Message::Switchover);
+                    self.wait_until(ACTIVATION_PATIENCE);
+                }
+            }
+        }
+    }
+
+    fn say_farewell(&mut self, why: Farewell) {
+        let run_state = self.run_state();
+        self.send(Epoch::NONE, &Message::Farewell { why, run_state });
+        self.wait_until(FAREWELL_PATIENCE);
+    }
+
+    fn wait_until(&mut self, patience: Duration) {
+        let until = self.now + patience;
+        if let Some(closing) = &mut self.closing {
+            closing.asked = Some(until);
+        }
+    }
+
+    pub(super) fn on_farewell_ack(&mut self) {
+        if self.closing.as_ref().is_some_and(|c| c.asked.is_some()) {
+            self.end_closing();
+        }
+    }
+
+    pub(super) fn on_closing_timeout(&mut self) {
+        let Some(closing) = &mut self.closing else {
+            return;
+        };
+        if closing.asked.is_none_or(|until| self.now < until) {
+            return;
+        }
+        match &closing.kind {
+            Kind::Detach(_) => {
+                closing.asked = None;
+                let text = "the backup did not confirm the end; it may take over, so the guest \
+                            stays protected: try again, or say continue first";
+                self.report(Report::Error(text.to_owned()));
+                self.break_link("no answer to the farewell".to_owned());
+                self.closing = None;
+            }
+            Kind::PoweredOff => {
+                let text = "the backup did not confirm the power-off and may start the guest";
+                self.report(Report::Error(text.to_owned()));
+                self.end_closing();
+            }
+            Kind::QemuDied(_) => self.end_closing(),
+            Kind::Switchover => {
+                // It may have activated: only its hello or its death settles that.
+                self.closing = None;
+                self.break_link("the backup did not answer the switchover".to_owned());
+            }
+        }
+    }
+
+    fn end_closing(&mut self) {
+        let Some(closing) = self.closing.take() else {
+            return;
+        };
+        match closing.kind {
+            Kind::Detach(end) => {
+                self.set_throttled(false);
+                self.unfence();
+                self.act(Action::Guardian { armed: false });
+                self.act(Action::LeaveVm);
+                self.store_unprotected();
+                self.act(Action::CloseLink);
+                self.finish(end);
+            }
+            Kind::PoweredOff => {
+                self.act(Action::Guardian { armed: false });
+                self.store_unprotected();
+                self.act(Action::EndVm);
+                self.act(Action::CloseLink);
+                self.finish(End::PoweredOff);
+            }
+            Kind::QemuDied(text) => self.finish(End::Lost(text)),
+            Kind::Switchover => {}
+        }
+    }
+
+    fn store_unprotected(&mut self) {
+        self.act(Action::StoreTerm {
+            term: self.term,
+            protected: false,
+        });
+    }
+}
