@@ -14,8 +14,8 @@ pub const STRING_BYTES_MAX: usize = 4096;
 pub const VM_ID_BYTES_MAX: usize = 128;
 /// Grants in one message.
 pub const GRANTS_PER_MESSAGE_MAX: usize = 512;
-/// Pages of one RAM block: 16 TiB.
-pub const BLOCK_PAGES_MAX: u64 = 1 << 32;
+/// Pages of one RAM block: a page less than 16 TiB, so that every run's length fits in an entry.
+pub const BLOCK_PAGES_MAX: u64 = (1 << 32) - 1;
 /// Bytes of saved device state in one epoch.
 pub const DEVICE_STATE_BYTES_MAX: usize = 64 << 20;
 /// Chunks of one epoch: 1 TiB, and what fits in [`crate::wire::ChunkTag`].

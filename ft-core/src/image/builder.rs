@@ -1,0 +1,271 @@
+//! Filling a chunk.
+
+use zerocopy::FromBytes;
+
+use super::layout::{
+    ChunkHead, DATA_PAGES_MAX, ENTRIES_MAX, EntryKind, RawEntry, entry_range, page_range,
+};
+use super::trailer::Trailer;
+use crate::limits::{CHUNK_BYTES, DEVICE_STATE_BYTES_MAX};
+use crate::types::{BlockId, PAGE_BYTES, PageRun};
+use crate::wire::header::ChunkFields;
+use crate::wire::{HEADER_BYTES, Header, Kind, crc32c};
+
+/// Fills one chunk in place. It works while the guest is paused: it allocates nothing, and the
+/// caller copies pages straight to where they are pushed from.
+///
+/// [`ChunkBuilder::next_pages`] lends room, the caller copies guest pages into it and then
+/// either commits the first few of them, as they lie there, or lets them be overwritten. The
+/// same calls make the same bytes, whatever was in the memory before.
+#[derive(Debug)]
+pub struct ChunkBuilder<'a> {
+    memory: &'a mut [u8],
+    head: ChunkHead,
+    entries: usize,
+    /// Pages after the first that are taken.
+    pages: usize,
+    /// Pages lent since the last commit; an entry slot is kept for them.
+    lent: usize,
+    data_pages: u32,
+    zero_pages: u64,
+    ended: bool,
+}
+
+/// What became of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// Bytes to push, header included.
+    pub used_bytes: usize,
+    pub body_crc: u32,
+    pub data_pages: u32,
+    pub zero_pages: u64,
+}
+
+impl<'a> ChunkBuilder<'a> {
+    /// # Panics
+    /// If `memory` isn't [`CHUNK_BYTES`] long.
+    pub fn new(memory: &'a mut [u8], head: ChunkHead) -> ChunkBuilder<'a> {
+        assert_eq!(memory.len(), CHUNK_BYTES, "memory of a chunk");
+        ChunkBuilder {
+            memory,
+            head,
+            entries: 0,
+            pages: 0,
+            lent: 0,
+            data_pages: 0,
+            zero_pages: 0,
+            ended: false,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries == 0
+    }
+
+    /// No further page of data fits; a zero run still may.
+    pub fn is_full(&self) -> bool {
+        self.page_room() == 0
+    }
+
+    /// Data pages so far, for the trailer.
+    pub fn data_pages(&self) -> u32 {
+        self.data_pages
+    }
+
+    /// Zero pages so far, for the trailer.
+    pub fn zero_pages(&self) -> u64 {
+        self.zero_pages
+    }
+
+    /// Where the next page of data may be written; `None` if the chunk is full.
+    pub fn next_page(&mut self) -> Option<&mut [u8]> {
+        self.next_pages(1)
+    }
+
+    /// Room for up to `want` pages of data; `None` if the chunk is full.
+    pub fn next_pages(&mut self, want: usize) -> Option<&mut [u8]> {
+        let count = want.min(self.page_room());
+        if count == 0 {
+            return None;
+        }
+        self.lent = count;
+        Some(&mut self.memory[page_range(self.pages, count)])
+    }
+
+    /// The page in [`ChunkBuilder::next_page`] is this one.
+    pub fn commit_data(&mut self, block: BlockId, page: u64) {
+        self.commit_data_run(block, page, 1);
+    }
+
+    /// The first `count` pages in [`ChunkBuilder::next_pages`] are these.
+    ///
+    /// # Panics
+    /// If fewer were lent.
+    pub fn commit_data_run(&mut self, block: BlockId, first: u64, count: usize) {
+        assert!(
+            (1..=self.lent).contains(&count),
+            "{count} pages committed, {} lent",
+            self.lent
+        );
+        let pages = count as u32; // at most DATA_PAGES_MAX
+        self.lent = 0;
+        if !self.extend(EntryKind::Data, block, first, pages) {
+            self.add(EntryKind::Data, block, first, pages);
+        }
+        self.pages += count;
+        self.data_pages += pages;
+    }
+
+    /// Marks a run of pages as zeros. `false`: the chunk has no entry left, and nothing changed.
+    ///
+    /// Leaves the pages alone that are lent and not committed, and a slot for their entry.
+    ///
+    /// # Panics
+    /// If the run is longer than [`crate::limits::BLOCK_PAGES_MAX`].
+    pub fn push_zero(&mut self, run: PageRun) -> bool {
+        let count = u32::try_from(run.count).expect("a run is no longer than BLOCK_PAGES_MAX");
+        if count == 0 {
+            return true;
+        }
+        if self.ended {
+            return false;
+        }
+        if !self.extend(EntryKind::Zero, run.block, run.first, count) {
+            if self.entry_room() <= usize::from(self.lent > 0) {
+                return false;
+            }
+            self.add(EntryKind::Zero, run.block, run.first, count);
+        }
+        self.zero_pages += run.count;
+        true
+    }
+
+    /// Bytes that [`ChunkBuilder::push_device`] takes.
+    pub fn device_room(&self) -> usize {
+        self.page_room() * PAGE_BYTES
+    }
+
+    /// Adds a piece of the device state that begins at byte `offset` of it.
+    ///
+    /// # Panics
+    /// If there is no room for it, or it ends past [`DEVICE_STATE_BYTES_MAX`].
+    pub fn push_device(&mut self, offset: u64, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        assert!(
+            bytes.len() <= self.device_room(),
+            "no room for device state"
+        );
+        let end = offset.saturating_add(bytes.len() as u64);
+        assert!(
+            end <= DEVICE_STATE_BYTES_MAX as u64,
+            "device state ends at {end}"
+        );
+        let pages = bytes.len().div_ceil(PAGE_BYTES);
+        let (filled, padding) =
+            self.memory[page_range(self.pages, pages)].split_at_mut(bytes.len());
+        filled.copy_from_slice(bytes);
+        padding.fill(0);
+        self.lent = 0;
+        self.pages += pages;
+        self.add(EntryKind::Device, BlockId(0), offset, bytes.len() as u32); // below the maximum
+    }
+
+    /// Ends the epoch. `false`: there is no room, seal this chunk and put it into another.
+    pub fn push_trailer(&mut self, trailer: &Trailer) -> bool {
+        if self.page_room() == 0 {
+            return false;
+        }
+        trailer.encode(&mut self.memory[page_range(self.pages, 1)]);
+        self.lent = 0;
+        self.pages += 1;
+        self.add(EntryKind::Trailer, BlockId(0), 0, 1);
+        self.ended = true;
+        true
+    }
+
+    /// Writes the header. The chunk may be pushed.
+    ///
+    /// # Panics
+    /// If `last` doesn't agree with there being a trailer.
+    pub fn seal(self, last: bool) -> Sealed {
+        assert_eq!(
+            last, self.ended,
+            "the last chunk has the trailer, and no other"
+        );
+        let used_bytes = PAGE_BYTES * (1 + self.pages);
+        self.memory[entry_range(self.entries).start..PAGE_BYTES].fill(0);
+        let body_crc = crc32c(&self.memory[HEADER_BYTES..used_bytes]);
+        let header = Header {
+            kind: Kind::Chunk,
+            frame: self.head.frame,
+            body_bytes: (used_bytes - HEADER_BYTES) as u32, // at most CHUNK_BYTES
+            body_crc,
+            chunk: Some(ChunkFields {
+                index: self.head.index,
+                last,
+                kind: self.head.kind,
+                entries: self.entries as u16, // at most ENTRIES_MAX
+            }),
+        };
+        self.memory[..HEADER_BYTES].copy_from_slice(&header.encode());
+        Sealed {
+            used_bytes,
+            body_crc,
+            data_pages: self.data_pages,
+            zero_pages: self.zero_pages,
+        }
+    }
+
+    fn entry_room(&self) -> usize {
+        if self.ended {
+            0
+        } else {
+            ENTRIES_MAX - self.entries
+        }
+    }
+
+    fn page_room(&self) -> usize {
+        if self.entry_room() == 0 {
+            0
+        } else {
+            DATA_PAGES_MAX - self.pages
+        }
+    }
+
+    fn add(&mut self, kind: EntryKind, block: BlockId, at: u64, count: u32) {
+        let entry = RawEntry {
+            block: block.0.into(),
+            kind: kind as u8,
+            reserved: 0,
+            count: count.into(),
+            at: at.into(),
+        };
+        *self.entry(self.entries) = entry;
+        self.entries += 1;
+    }
+
+    /// Makes the last entry longer, if `at` is where it ends.
+    fn extend(&mut self, kind: EntryKind, block: BlockId, at: u64, count: u32) -> bool {
+        let Some(index) = self.entries.checked_sub(1) else {
+            return false;
+        };
+        let last = self.entry(index);
+        let old_count = last.count.get();
+        let follows = last.kind == kind as u8
+            && last.block.get() == block.0
+            && last.at.get() + u64::from(old_count) == at;
+        match old_count.checked_add(count) {
+            Some(sum) if follows => {
+                last.count = sum.into();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn entry(&mut self, index: usize) -> &mut RawEntry {
+        RawEntry::mut_from_bytes(&mut self.memory[entry_range(index)]).expect("its own size")
+    }
+}
