@@ -40,8 +40,9 @@ pub enum Input<'a> {
     /// The answer to [`Action::Grant`].
     Granted {
         slot: SlotId,
-        grants: Vec<(ChunkId, GrantToken)>,
+        grants: Vec<GrantToken>,
     },
+    /// A granted chunk was filled; the driver numbers it now, and never uses a number twice.
     Arrived {
         chunk: ChunkId,
         tag: ChunkTag,

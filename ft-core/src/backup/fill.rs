@@ -118,13 +118,12 @@ impl Backup {
         self.act(Action::Grant { slot, count });
     }
 
-    pub(super) fn on_granted(&mut self, slot: SlotId, grants: Vec<(ChunkId, GrantToken)>) {
+    pub(super) fn on_granted(&mut self, slot: SlotId, grants: Vec<GrantToken>) {
         let epoch = match (&self.fill, &self.sync) {
             (Some(fill), _) if fill.slot == slot => fill.epoch,
             (_, Some(_)) if slot == slot_of(Epoch::NONE) => Epoch::NONE,
             _ => return,
         };
-        let grants = grants.into_iter().map(|(_, token)| token).collect();
         self.send_to_peer(epoch, &Message::Grant(GrantBatch { grants }));
     }
 
