@@ -1,1 +1,1 @@
-//! mem
+//! A link inside one process, for tests.

@@ -1,0 +1,446 @@
+//! [`TcpLink`]: the three lanes on one ring.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
+
+use io_uring::{cqueue, opcode, types};
+use memmap2::MmapMut;
+
+use crate::arena::{Chunk, ChunkMut};
+use crate::link::{Event, Grant, Lane, Link, LinkError, Loss, LossKind};
+use crate::tcp::bulk_receive::{BulkReceive, Finished};
+use crate::tcp::bulk_send::BulkSend;
+use crate::tcp::control::Control;
+use crate::tcp::frame::{decode_grant, encode_grant};
+use crate::tcp::preamble::PairingId;
+use crate::tcp::ring::Ring;
+use crate::tcp::{TcpConfig, TcpError, socket};
+
+/// Completions that one call of `progress` handles: a peer that always has more to send must not
+/// keep the driver from its other work.
+const COMPLETIONS_PER_PROGRESS: usize = 32;
+/// How long a link that is dropped waits for the kernel to let go of its memory.
+const QUIESCE_PATIENCE: Duration = Duration::from_millis(500);
+/// Bytes of the buffer on which the proof lane waits; it is never filled.
+const PROOF_BYTES: usize = 16;
+
+/// Three TCP connections to one peer, in the hands of the thread that made it.
+pub struct TcpLink {
+    core: ManuallyDrop<Box<Core>>,
+    /// The ring is the property of one thread (IORING_SETUP_SINGLE_ISSUER).
+    not_send: PhantomData<*const ()>,
+}
+
+/// The connections of a pairing, by lane.
+#[derive(Debug)]
+pub(super) struct Streams {
+    pub(super) control: TcpStream,
+    pub(super) bulk: TcpStream,
+    pub(super) proof: TcpStream,
+}
+
+/// Names an operation in its completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(super) enum Token {
+    Cancel = 0,
+    ControlReceive = 1,
+    ControlSend = 2,
+    BulkReceive = 3,
+    BulkSend = 4,
+    ProofReceive = 5,
+}
+
+/// What a completed send or receive says, its errors aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Bytes(usize),
+    /// Interrupted: to be started again.
+    Again,
+}
+
+/// Reads an operation's result.
+pub(super) fn outcome(result: i32) -> Result<Outcome, LossKind> {
+    match result {
+        0.. => Ok(Outcome::Bytes(result as usize)),
+        _ if matches!(-result, libc::EINTR | libc::EAGAIN) => Ok(Outcome::Again),
+        _ => Err(LossKind::Error(
+            io::Error::from_raw_os_error(-result).to_string(),
+        )),
+    }
+}
+
+/// Everything that the kernel may have a pointer into, at a fixed address.
+struct Core {
+    ring: Ring,
+    streams: Option<Streams>,
+    control: Control,
+    bulk_send: BulkSend,
+    bulk_receive: BulkReceive,
+    proof: Proof,
+    lost: [bool; 3],
+    /// Chunks to report in the next `progress`.
+    ready: VecDeque<Ready>,
+    /// Ties grants to this link.
+    pairing: u64,
+    peer: SocketAddr,
+}
+
+struct Proof {
+    buffer: MmapMut,
+    in_flight: bool,
+}
+
+enum Ready {
+    Revoked(ChunkMut),
+    Pushed(Chunk),
+}
+
+impl TcpLink {
+    /// Takes three connections whose preambles are through.
+    pub(super) fn new(
+        streams: Streams,
+        pairing: PairingId,
+        config: &TcpConfig,
+    ) -> Result<TcpLink, TcpError> {
+        let memory = |source| TcpError::io("mapping the link's buffers", source);
+        let peer = streams
+            .control
+            .peer_addr()
+            .map_err(|source| TcpError::io("getpeername", source))?;
+        for stream in [&streams.control, &streams.bulk, &streams.proof] {
+            // With O_NONBLOCK the ring would answer EAGAIN instead of waiting.
+            stream
+                .set_nonblocking(false)
+                .and_then(|()| socket::set_options(stream, config))
+                .map_err(|source| TcpError::io("setting socket options", source))?;
+        }
+        let mut core = Box::new(Core {
+            ring: Ring::new()?,
+            streams: Some(streams),
+            control: Control::new().map_err(memory)?,
+            bulk_send: BulkSend::new(),
+            bulk_receive: BulkReceive::new().map_err(memory)?,
+            proof: Proof {
+                buffer: MmapMut::map_anon(PROOF_BYTES).map_err(memory)?,
+                in_flight: false,
+            },
+            lost: [false; 3],
+            ready: VecDeque::new(),
+            pairing: u64::from_le_bytes(*pairing.0.first_chunk().expect("16 bytes hold 8")),
+            peer,
+        });
+        core.start_receives()
+            .and_then(|()| core.ring.submit())
+            .map_err(|source| TcpError::io("starting to receive", source))?;
+        Ok(TcpLink {
+            core: ManuallyDrop::new(core),
+            not_send: PhantomData,
+        })
+    }
+
+    /// As [`TcpLink::new`], and writes `greeting` on each lane when nothing can fail any more.
+    pub(super) fn greet(
+        streams: Streams,
+        pairing: PairingId,
+        config: &TcpConfig,
+        greeting: &[u8],
+    ) -> Result<TcpLink, TcpError> {
+        let link = TcpLink::new(streams, pairing, config)?;
+        let streams = link.core.streams();
+        // A fresh connection has room for a few bytes: this does not block.
+        for mut stream in [&streams.control, &streams.bulk, &streams.proof] {
+            stream
+                .write_all(greeting)
+                .map_err(|source| TcpError::io("answering a preamble", source))?;
+        }
+        Ok(link)
+    }
+
+    /// The peer's address on the control lane.
+    pub fn peer(&self) -> SocketAddr {
+        self.core.peer
+    }
+
+    /// The socket of one lane, for its statistics (TCP_INFO). Its bytes are the link's.
+    pub fn lane_fd(&self, lane: Lane) -> BorrowedFd<'_> {
+        let streams = self.core.streams();
+        match lane {
+            Lane::Control => streams.control.as_fd(),
+            Lane::Bulk => streams.bulk.as_fd(),
+            Lane::Proof => streams.proof.as_fd(),
+        }
+    }
+}
+
+impl Link for TcpLink {
+    fn ready_fd(&self) -> BorrowedFd<'_> {
+        self.core.ring.ready_fd()
+    }
+
+    fn proof_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.core.streams().proof.as_fd())
+    }
+
+    /// On a lost lane the message goes nowhere.
+    fn send(&mut self, message: &[u8]) -> Result<(), LinkError> {
+        if self.core.is_lost(Lane::Control) {
+            return Ok(());
+        }
+        self.core.control.queue(message)
+    }
+
+    fn grant(&mut self, chunk: ChunkMut, slot: u8) -> Result<Grant, LinkError> {
+        let core = &mut **self.core;
+        let index = core
+            .bulk_receive
+            .grants
+            .add(chunk, slot)
+            .ok_or(LinkError::BadGrant)?;
+        Ok(encode_grant(index, core.pairing))
+    }
+
+    fn revoke(&mut self, slot: u8) -> Result<(), LinkError> {
+        let core = &mut **self.core;
+        let ready = &mut core.ready;
+        core.bulk_receive
+            .grants
+            .revoke(slot, |chunk| ready.push_back(Ready::Revoked(chunk)));
+        let cancel = core
+            .bulk_receive
+            .revoke_current(slot, |chunk| ready.push_back(Ready::Revoked(chunk)));
+        if cancel {
+            let entry = opcode::AsyncCancel::new(Token::BulkReceive as u64)
+                .build()
+                .user_data(Token::Cancel as u64);
+            // SAFETY: the operation names no memory.
+            unsafe { core.ring.push(&entry) }
+                .and_then(|()| core.ring.submit())
+                .map_err(|source| io_error("cancelling a receive", source))?;
+        }
+        core.wake_if_ready()
+    }
+
+    /// On a lost lane the chunk comes back as pushed.
+    fn push(&mut self, chunk: Chunk, to: Grant, tag: u32) -> Result<(), LinkError> {
+        let core = &mut **self.core;
+        let grant = decode_grant(&to, core.pairing).ok_or(LinkError::BadGrant)?;
+        if core.is_lost(Lane::Bulk) {
+            core.ready.push_back(Ready::Pushed(chunk));
+            return core.wake_if_ready();
+        }
+        core.bulk_send.queue(chunk, grant, tag);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), LinkError> {
+        self.core
+            .start_sends()
+            .and_then(|()| self.core.ring.submit())
+            .map_err(|source| io_error("io_uring_enter", source))
+    }
+
+    fn progress(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<(), LinkError> {
+        self.core
+            .progress(sink)
+            .map_err(|source| io_error("io_uring_enter", source))
+    }
+}
+
+impl std::fmt::Debug for TcpLink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TcpLink")
+            .field("peer", &self.core.peer)
+            .field("lost", &self.core.lost)
+            .field("ring", &self.core.ring)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for TcpLink {
+    fn drop(&mut self) {
+        if self.core.ring.quiesce(QUIESCE_PATIENCE) {
+            // SAFETY: `core` isn't used again: this is the end of the link.
+            unsafe { ManuallyDrop::drop(&mut self.core) };
+        } else {
+            tracing::error!(
+                peer = %self.core.peer,
+                "the kernel holds on to a closed link's memory: it is leaked"
+            );
+            // The connections end all the same.
+            self.core.streams = None;
+        }
+    }
+}
+
+impl Core {
+    fn progress(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> io::Result<()> {
+        self.ring.hush();
+        let mut left = COMPLETIONS_PER_PROGRESS;
+        while let Some(ready) = self.ready.pop_front() {
+            sink(ready.into());
+        }
+        loop {
+            self.start_receives()?;
+            self.start_sends()?;
+            self.ring.submit()?;
+            let before = left;
+            while left > 0
+                && let Some(completion) = self.ring.next()
+            {
+                left -= 1;
+                self.complete(&completion, sink);
+            }
+            if left == before || left == 0 {
+                break;
+            }
+        }
+        self.ring.unhush(left == 0 || !self.ready.is_empty())
+    }
+
+    fn start_receives(&mut self) -> io::Result<()> {
+        if !self.is_lost(Lane::Control) {
+            let fd = self.streams().control.as_raw_fd();
+            self.control.start_receive(&mut self.ring, fd)?;
+        }
+        if !self.is_lost(Lane::Bulk) {
+            let fd = self.streams().bulk.as_raw_fd();
+            self.bulk_receive.start(&mut self.ring, fd)?;
+        }
+        if !self.is_lost(Lane::Proof) {
+            let fd = self.streams().proof.as_raw_fd();
+            self.proof.start(&mut self.ring, fd)?;
+        }
+        Ok(())
+    }
+
+    fn start_sends(&mut self) -> io::Result<()> {
+        if !self.is_lost(Lane::Control) {
+            let fd = self.streams().control.as_raw_fd();
+            self.control.start_send(&mut self.ring, fd)?;
+        }
+        if !self.is_lost(Lane::Bulk) {
+            let fd = self.streams().bulk.as_raw_fd();
+            self.bulk_send.start(&mut self.ring, fd)?;
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: &cqueue::Entry, sink: &mut dyn FnMut(Event<'_>)) {
+        let result = completion.result();
+        match completion.user_data() {
+            token if token == Token::ControlReceive as u64 => {
+                let done = self
+                    .control
+                    .received(result, |message| sink(Event::Message(message)));
+                self.judge(Lane::Control, done, sink);
+            }
+            token if token == Token::ControlSend as u64 => {
+                let done = self.control.sent(result);
+                self.judge(Lane::Control, done, sink);
+            }
+            token if token == Token::BulkReceive as u64 => {
+                let done = self
+                    .bulk_receive
+                    .received(result, |finished| sink(finished.into()));
+                self.judge(Lane::Bulk, done, sink);
+            }
+            token if token == Token::BulkSend as u64 => {
+                let done = self
+                    .bulk_send
+                    .sent(result, |chunk| sink(Event::Pushed(chunk)));
+                self.judge(Lane::Bulk, done, sink);
+                if self.is_lost(Lane::Bulk) {
+                    self.bulk_send.abandon(|chunk| sink(Event::Pushed(chunk)));
+                }
+            }
+            token if token == Token::ProofReceive as u64 => {
+                let done = self.proof.received(result);
+                self.judge(Lane::Proof, done, sink);
+            }
+            token => assert_eq!(token, Token::Cancel as u64, "an operation nobody started"),
+        }
+    }
+
+    /// Reports a lane's end, the first time.
+    fn judge(&mut self, lane: Lane, done: Result<(), LossKind>, sink: &mut dyn FnMut(Event<'_>)) {
+        let Err(kind) = done else { return };
+        if !std::mem::replace(&mut self.lost[lane as usize - 1], true) {
+            sink(Event::Lost(Loss { lane, kind }));
+            if lane == Lane::Bulk {
+                self.bulk_send.abandon(|chunk| sink(Event::Pushed(chunk)));
+            }
+        }
+    }
+
+    fn is_lost(&self, lane: Lane) -> bool {
+        self.lost[lane as usize - 1]
+    }
+
+    fn streams(&self) -> &Streams {
+        self.streams.as_ref().expect("only drop takes the streams")
+    }
+
+    fn wake_if_ready(&self) -> Result<(), LinkError> {
+        if self.ready.is_empty() {
+            return Ok(());
+        }
+        self.ring
+            .wake()
+            .map_err(|source| io_error("writing an eventfd", source))
+    }
+}
+
+impl Proof {
+    fn start(&mut self, ring: &mut Ring, fd: RawFd) -> io::Result<()> {
+        if self.in_flight {
+            return Ok(());
+        }
+        let entry = opcode::Recv::new(types::Fd(fd), self.buffer.as_mut_ptr(), PROOF_BYTES as u32)
+            .build()
+            .user_data(Token::ProofReceive as u64);
+        // SAFETY: nobody else uses `buffer`, and the link leaks this struct if it can't wait for
+        // the kernel.
+        unsafe { ring.push(&entry) }?;
+        self.in_flight = true;
+        Ok(())
+    }
+
+    fn received(&mut self, result: i32) -> Result<(), LossKind> {
+        self.in_flight = false;
+        match outcome(result)? {
+            Outcome::Bytes(0) => Err(LossKind::Fin),
+            Outcome::Bytes(_) => Err(LossKind::Protocol(
+                "bytes on the proof lane, which carries none".to_owned(),
+            )),
+            Outcome::Again => Ok(()),
+        }
+    }
+}
+
+impl From<Ready> for Event<'_> {
+    fn from(ready: Ready) -> Self {
+        match ready {
+            Ready::Revoked(chunk) => Event::Revoked(chunk),
+            Ready::Pushed(chunk) => Event::Pushed(chunk),
+        }
+    }
+}
+
+impl From<Finished> for Event<'_> {
+    fn from(finished: Finished) -> Self {
+        match finished {
+            Finished::Arrived { chunk, tag } => Event::Arrived { chunk, tag },
+            Finished::Revoked(chunk) => Event::Revoked(chunk),
+        }
+    }
+}
+
+fn io_error(operation: &'static str, source: io::Error) -> LinkError {
+    LinkError::Io { operation, source }
+}

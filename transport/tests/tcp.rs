@@ -1,0 +1,34 @@
+//! The conformance suite on TCP over loopback.
+
+mod conformance;
+mod tcp_pair;
+
+use std::os::fd::AsFd;
+
+use conformance::{Cut, Network};
+use transport::tcp::TcpLink;
+use transport::{Lane, Link};
+
+struct Loopback;
+
+impl Network for Loopback {
+    type Link = TcpLink;
+
+    fn pair() -> (TcpLink, TcpLink) {
+        tcp_pair::pair()
+    }
+
+    fn cut(_: &mut TcpLink, peer: &mut TcpLink, lane: Lane, how: Cut) {
+        tcp_pair::cut(peer, lane, how == Cut::Reset);
+    }
+}
+
+conformance!(Loopback);
+
+#[test]
+fn the_proof_descriptor_closes_on_exec() {
+    let (a, _b) = tcp_pair::pair();
+    let fd = a.proof_fd().expect("a proof lane");
+    let flags = nix::fcntl::fcntl(fd.as_fd(), nix::fcntl::FcntlArg::F_GETFD).expect("fcntl");
+    assert_eq!(flags, libc::FD_CLOEXEC);
+}
