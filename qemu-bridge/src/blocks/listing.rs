@@ -49,9 +49,9 @@ pub fn parse_listing(text: &str) -> Result<Vec<ListedBlock>, BlocksError> {
 /// `NAME  4 KiB  OFFSET USED TOTAL`, and since 8.1 ` ADDRESS ro|rw`; also the page size.
 fn parse_line(line: &str) -> Option<(ListedBlock, String)> {
     let mut words: Vec<&str> = line.split_whitespace().collect();
-    let read_only = match words.last()? {
-        &"ro" => Some(true),
-        &"rw" => Some(false),
+    let read_only = match *words.last()? {
+        "ro" => Some(true),
+        "rw" => Some(false),
         _ => None,
     };
     let mut host_address = None;

@@ -44,7 +44,7 @@ pub(super) fn find_addresses(
             Some(rest) => rest,
             None => continue,
         };
-        search_mapping(&memory, mapping, listed, mappings, &mut found).map_err(failed)?;
+        search_mapping(&memory, mapping, listed, mappings, &mut found);
     }
     let one_each = listed
         .iter()
@@ -91,16 +91,14 @@ fn search_mapping(
     listed: &[ListedBlock],
     mappings: &Mappings,
     found: &mut [Vec<u64>],
-) -> std::io::Result<()> {
+) {
     let mut window = vec![0u8; WINDOW_BYTES];
     let mut at = mapping.start;
     while at < mapping.end {
         let length = WINDOW_BYTES.min(usize::try_from(mapping.end - at).unwrap_or(WINDOW_BYTES));
-        let window = &mut window[..length];
-        // A heap that shrinks while it is read ends early; records don't move.
-        if memory.read_exact_at(window, at).is_err() {
-            return Ok(());
-        }
+        // A heap that shrinks while it is read ends early: what is left of it counts.
+        let readable = read_up_to(memory, &mut window[..length], at);
+        let window = &window[..readable];
         for (block, places) in listed.iter().zip(found.iter_mut()) {
             for address in records_of(block, window) {
                 let mapped = mappings.is_ram_block(address, block.max_bytes.next_multiple_of(PAGE));
@@ -115,7 +113,15 @@ fn search_mapping(
             false => length as u64,
         };
     }
-    Ok(())
+}
+
+/// Reads until the window is full or nothing more can be read; how much it was.
+fn read_up_to(memory: &File, window: &mut [u8], at: u64) -> usize {
+    let mut done = 0;
+    while let Ok(count @ 1..) = memory.read_at(&mut window[done..], at + done as u64) {
+        done += count;
+    }
+    done
 }
 
 /// The host addresses in all records of `block` in `window`, which begins at a multiple of 8.

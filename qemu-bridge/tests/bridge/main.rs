@@ -1,0 +1,5 @@
+//! The bridge against real QEMUs.
+
+mod blocks;
+mod qmp;
+mod support;
