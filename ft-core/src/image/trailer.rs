@@ -8,7 +8,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::check::ImageError;
 use crate::limits::{BLOCKS_MAX, DEVICE_STATE_BYTES_MAX, EPOCH_CHUNKS_MAX};
 use crate::types::{Epoch, PAGE_BYTES, RunState};
-use crate::wire::{WireError, at_most, crc32c_append, one_of};
+use crate::wire::{WireError, at_most, crc32c_append, run_state};
 
 /// The sums of an epoch, in its last chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,15 +139,13 @@ impl Trailer {
             device_bytes,
             DEVICE_STATE_BYTES_MAX as u64,
         )?;
-        let run_states = [RunState::Running, RunState::Stopped];
-        let run_state = one_of("run state", &run_states, |s| s as u8, raw.run_state)?;
         let hash = |bytes: &[u8; 8]| u64::from_le_bytes(*bytes);
         Ok(Trailer {
             chunks: raw.chunks.get(),
             data_pages: raw.data_pages.get(),
             zero_pages: raw.zero_pages.get(),
             device_bytes,
-            run_state,
+            run_state: run_state(raw.run_state)?,
             base: Epoch(raw.base.get()),
             digest: raw.digest.get(),
             audit: (raw.audited == 1)

@@ -3,13 +3,13 @@
 use super::cursor::{Reader, Writer};
 use super::header::{HEADER_BYTES, Header, Kind};
 use super::message::{Farewell, Frame, GrantBatch, Hello, Message, RefusalCode, Role};
-use super::{WireError, at_most, crc32c, one_of};
+use super::{WireError, at_most, crc32c, epoch_kind, one_of, run_state};
 use crate::limits::{
     BLOCK_PAGES_MAX, BLOCKS_MAX, GRANTS_PER_MESSAGE_MAX, MESSAGE_BYTES_MAX, SHAPE_PROPERTIES_MAX,
     STRING_BYTES_MAX, VM_ID_BYTES_MAX,
 };
 use crate::shape::{BlockShape, VmShape};
-use crate::types::{Epoch, EpochKind, GrantToken, PAGE_BYTES, RunState};
+use crate::types::{Epoch, GrantToken, PAGE_BYTES};
 
 const ROLES: [Role; 2] = [Role::Primary, Role::Backup];
 const REFUSAL_CODES: [RefusalCode; 9] = [
@@ -24,8 +24,6 @@ const REFUSAL_CODES: [RefusalCode; 9] = [
     RefusalCode::Other,
 ];
 const FAREWELLS: [Farewell; 3] = [Farewell::Detach, Farewell::PoweredOff, Farewell::StandDown];
-const RUN_STATES: [RunState; 2] = [RunState::Running, RunState::Stopped];
-const EPOCH_KINDS: [EpochKind; 3] = [EpochKind::SyncRound, EpochKind::Delta, EpochKind::Full];
 
 /// The whole message, header included.
 ///
@@ -247,12 +245,7 @@ fn read_body(kind: Kind, r: &mut Reader<'_>) -> Result<Message, WireError> {
             })?,
         },
         Kind::Resync => Message::Resync {
-            kind: one_of(
-                "kind of an epoch",
-                &EPOCH_KINDS,
-                |k| k as u8,
-                r.u8("kind of an epoch")?,
-            )?,
+            kind: epoch_kind(r.u8("kind of an epoch")?)?,
             text: r.string(TEXT, STRING_BYTES_MAX)?,
         },
         Kind::QemuDied => Message::QemuDied {
@@ -262,7 +255,7 @@ fn read_body(kind: Kind, r: &mut Reader<'_>) -> Result<Message, WireError> {
         Kind::Activated => Message::Activated,
         Kind::Farewell => Message::Farewell {
             why: one_of("farewell", &FAREWELLS, |f| f as u8, r.u8("farewell")?)?,
-            run_state: one_of("run state", &RUN_STATES, |s| s as u8, r.u8("run state")?)?,
+            run_state: run_state(r.u8("run state")?)?,
         },
         Kind::FarewellAck => Message::FarewellAck,
         Kind::Rehearse => Message::Rehearse,

@@ -6,7 +6,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::message::Frame;
-use super::{PROTOCOL_VERSION, WireError, at_most, crc32c, one_of};
+use super::{PROTOCOL_VERSION, WireError, at_most, crc32c, epoch_kind};
 use crate::limits::{CHUNK_BYTES, EPOCH_CHUNKS_MAX, MESSAGE_BYTES_MAX};
 use crate::types::{Epoch, EpochKind, PAGE_BYTES, Session, Term, VmTag};
 
@@ -253,11 +253,10 @@ impl RawHeader {
         if self.flags & !FLAG_LAST != 0 {
             return Err(WireError::Reserved { what: "flags" });
         }
-        let kinds = [EpochKind::SyncRound, EpochKind::Delta, EpochKind::Full];
         Ok(ChunkFields {
             index,
             last: self.flags & FLAG_LAST != 0,
-            kind: one_of("kind of an epoch", &kinds, |k| k as u8, self.epoch_kind)?,
+            kind: epoch_kind(self.epoch_kind)?,
             entries,
         })
     }

@@ -18,6 +18,8 @@ pub use tag::ChunkTag;
 
 use crc_fast::{CrcAlgorithm, Digest};
 
+use crate::types::{EpochKind, RunState};
+
 /// What this program speaks. The header's magic, version and checksum stay where they are in
 /// every version, so that a hello can always be refused with both versions named.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -84,17 +86,27 @@ impl WireError {
     }
 }
 
+pub(crate) fn epoch_kind(number: u8) -> Result<EpochKind, WireError> {
+    let all = [EpochKind::SyncRound, EpochKind::Delta, EpochKind::Full];
+    one_of("kind of an epoch", &all, |kind| kind as u8, number)
+}
+
+pub(crate) fn run_state(number: u8) -> Result<RunState, WireError> {
+    let all = [RunState::Running, RunState::Stopped];
+    one_of("run state", &all, |state| state as u8, number)
+}
+
 /// The member of `all` that has this number on the wire.
-pub(crate) fn one_of<T: Copy>(
+fn one_of<T: Copy>(
     what: &'static str,
     all: &[T],
-    number: impl Fn(T) -> u8,
-    found: u8,
+    number_of: impl Fn(T) -> u8,
+    number: u8,
 ) -> Result<T, WireError> {
-    let found_at = all.iter().find(|&&t| number(t) == found);
-    found_at.copied().ok_or(WireError::Value {
+    let member = all.iter().find(|&&member| number_of(member) == number);
+    member.copied().ok_or(WireError::Value {
         what,
-        found: u64::from(found),
+        found: number.into(),
     })
 }
 

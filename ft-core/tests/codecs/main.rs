@@ -1,0 +1,9 @@
+//! The wire format, the layout of an epoch and the dirty set, from outside.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod dirty;
+mod golden;
+mod image;
+mod model;
+mod wire;
