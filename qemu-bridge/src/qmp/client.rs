@@ -300,6 +300,14 @@ impl Qmp {
         Ok(())
     }
 
+    /// Waits until [`Qmp::progress`] may have something to do, at most `timeout`.
+    ///
+    /// # Errors
+    /// The kernel can't wait.
+    pub fn wait_ready_for(&self, timeout: Duration) -> Result<(), QmpError> {
+        self.wait_ready(Instant::now() + timeout).map(|_| ())
+    }
+
     fn wait_for(
         &mut self,
         id: RequestId,

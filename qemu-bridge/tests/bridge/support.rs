@@ -79,22 +79,23 @@ impl TestQemu {
             inherited,
             output: GuestOutput::Discard,
         };
-        let process = QemuProcess::spawn(&argv, &options).expect("QEMU starts");
-        let guard = KillOnDrop(Some(process));
-        TestQemu::connected(guard, socket, dir)
+        TestQemu::adopt(
+            QemuProcess::spawn(&argv, &options).expect("QEMU starts"),
+            dir,
+        )
     }
 
-    fn connected(mut guard: KillOnDrop, socket: PathBuf, dir: TestDir) -> TestQemu {
+    /// Takes over a QEMU whose QMP socket is `qmp` in `dir`.
+    pub(crate) fn adopt(process: QemuProcess, dir: TestDir) -> TestQemu {
+        let mut guard = KillOnDrop(Some(process));
         let process = guard.0.as_mut().expect("just made");
         let qmp = process
-            .connect_qmp(&socket, PATIENCE)
+            .connect_qmp(&dir.0.join("qmp"), PATIENCE)
             .expect("QEMU opens its QMP socket");
         let process = guard.0.take().expect("just used");
         TestQemu { process, qmp, dir }
     }
-}
 
-impl TestQemu {
     pub(crate) fn socket(&self) -> PathBuf {
         self.dir.0.join("qmp")
     }
