@@ -18,6 +18,8 @@ use super::codec::{CodecError, Command, Decoder, Message, QmpFailure};
 pub const PENDING_MAX: usize = 256;
 /// Messages that [`Qmp::call`] may put aside for the next [`Qmp::progress`].
 const KEPT_MAX: usize = 4096;
+/// Commands that [`Qmp::call_all`] sends together.
+const BATCH_MAX: usize = 64;
 /// Bytes of one read.
 const READ_BYTES: usize = 64 << 10;
 
@@ -268,6 +270,29 @@ impl Qmp {
         self.wait_for(id, command, timeout)
     }
 
+    /// Sends many commands and waits for all their replies, in the same order. For set-up only.
+    ///
+    /// # Errors
+    /// QEMU takes longer than `timeout` for one of them, or is gone. What it refuses is in the list.
+    pub fn call_all(
+        &mut self,
+        commands: &[Command],
+        timeout: Duration,
+    ) -> Result<Vec<Result<Value, QmpFailure>>, QmpError> {
+        let mut replies = Vec::with_capacity(commands.len());
+        for batch in commands.chunks(BATCH_MAX) {
+            let ids = self.submit(batch)?;
+            for (id, command) in ids.into_iter().zip(batch) {
+                match self.wait_for(id, command, timeout) {
+                    Ok(value) => replies.push(Ok(value)),
+                    Err(QmpError::Refused { source, .. }) => replies.push(Err(source)),
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+        Ok(replies)
+    }
+
     /// Runs a line of the human monitor and returns what it printed.
     ///
     /// # Errors
@@ -292,10 +317,6 @@ impl Qmp {
     ) -> Result<(), QmpError> {
         let mut matches =
             |m: &Incoming| matches!(m, Incoming::Event { name, data, .. } if wanted(name, data));
-        if let Some(at) = self.kept.iter().position(&mut matches) {
-            self.kept.remove(at);
-            return Ok(());
-        }
         self.wait_message(&mut matches, "with the expected event", timeout)?;
         Ok(())
     }
@@ -331,6 +352,9 @@ impl Qmp {
         what: &str,
         timeout: Duration,
     ) -> Result<Incoming, QmpError> {
+        if let Some(at) = self.kept.iter().position(&mut *wanted) {
+            return Ok(self.kept.remove(at).expect("it was just found there"));
+        }
         let deadline = Instant::now() + timeout;
         loop {
             while let Some(message) = self.decoder.next()? {

@@ -3,5 +3,6 @@
 mod blocks;
 mod guardian;
 mod qmp;
+mod shape;
 mod standby;
 mod support;
