@@ -7,7 +7,8 @@
 //! that keeps the handle while the kernel or the network card writes makes them unreachable.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
@@ -45,19 +46,26 @@ pub struct Chunk {
     used_bytes: usize,
 }
 
-/// Names one mapping for as long as the process lives, unlike [`ChunkMut::id`], which a later
-/// mapping inherits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct MappingId {
-    pub(crate) chunk: u32,
-    serial: u64,
-}
+/// Tells whether a mapping still exists, and is another for each: a chunk's id is not enough to
+/// name registered memory, as a later mapping inherits it.
+#[derive(Clone, Debug)]
+pub(crate) struct MappingWatch(Weak<()>);
 
 struct Body {
-    id: MappingId,
+    id: u32,
     memory: MmapMut,
     /// Every page is known to be in memory.
     populated: bool,
+    alive: Arc<()>,
+}
+
+/// See [`unmapped_count`].
+static UNMAPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Changes whenever a chunk of any arena is given back to the system: time to look at every
+/// [`MappingWatch`].
+pub(crate) fn unmapped_count() -> u64 {
+    UNMAPPED.load(Ordering::Relaxed)
 }
 
 struct Shared {
@@ -71,13 +79,10 @@ struct State {
     ready: Vec<Body>,
     /// Free, with whatever pages their last use left.
     cold: Vec<Body>,
-    /// By chunk id: the mapping that has the id now.
-    mapped: Vec<Option<u64>>,
-    /// Chunk ids without a mapping, below `mapped.len()`.
+    /// Ids that were ever used are the numbers below this.
+    ids: usize,
+    /// Of these, the ones that have no mapping now.
     vacant: Vec<u32>,
-    next_serial: u64,
-    /// How many mappings were ever removed: a change tells links to look at what they registered.
-    unmapped: u64,
 }
 
 impl Arena {
@@ -156,11 +161,11 @@ impl Arena {
                     .pop()
                     .or_else(|| state.ready.pop())
                     .expect("the two lists together are not empty");
-                state.forget(body.id);
+                state.vacant.push(body.id);
                 unmapped.push(body);
             }
         }
-        // munmap of many chunks takes milliseconds: outside the lock.
+        // Outside the lock: munmap of many chunks takes milliseconds.
         drop(unmapped);
     }
 
@@ -168,24 +173,13 @@ impl Arena {
         let state = self.shared.lock();
         ArenaStats {
             limit_chunks: self.shared.limit_chunks,
-            mapped_chunks: state.mapped.len() - state.vacant.len(),
+            mapped_chunks: state.ids - state.vacant.len(),
             free_chunks: state.ready.len() + state.cold.len(),
             ready_chunks: state.ready.len(),
         }
     }
 
-    /// Changes whenever a mapping was removed.
-    pub(crate) fn unmapped(&self) -> u64 {
-        self.shared.lock().unmapped
-    }
-
-    /// Whether the mapping still exists.
-    pub(crate) fn is_mapped(&self, id: MappingId) -> bool {
-        let state = self.shared.lock();
-        state.mapped.get(id.chunk as usize) == Some(&Some(id.serial))
-    }
-
-    fn map(&self, id: MappingId, populated: bool) -> Option<Body> {
+    fn map(&self, id: u32, populated: bool) -> Option<Body> {
         let mut options = MmapOptions::new();
         options.len(CHUNK_BYTES);
         if populated {
@@ -196,10 +190,11 @@ impl Arena {
                 id,
                 memory,
                 populated,
+                alive: Arc::new(()),
             }),
             Err(error) => {
                 tracing::warn!(%error, "no memory for another chunk");
-                self.shared.lock().forget(id);
+                self.shared.lock().vacant.push(id);
                 None
             }
         }
@@ -220,38 +215,36 @@ impl Shared {
 }
 
 impl State {
-    fn take_id(&mut self, limit_chunks: usize) -> Option<MappingId> {
-        let chunk = match self.vacant.pop() {
-            Some(chunk) => chunk,
-            None if self.mapped.len() < limit_chunks => {
-                self.mapped.push(None);
-                // As many free chunks as there are ids can be listed without allocating, so that
-                // dropping a chunk never allocates.
-                let ids = self.mapped.len();
-                self.ready.reserve(ids - self.ready.len());
-                self.cold.reserve(ids - self.cold.len());
-                self.vacant.reserve(ids - self.vacant.len());
-                (ids - 1) as u32
-            }
-            None => return None,
-        };
-        let serial = self.next_serial;
-        self.next_serial += 1;
-        self.mapped[chunk as usize] = Some(serial);
-        Some(MappingId { chunk, serial })
+    fn take_id(&mut self, limit_chunks: usize) -> Option<u32> {
+        if let Some(id) = self.vacant.pop() {
+            return Some(id);
+        }
+        if self.ids == limit_chunks {
+            return None;
+        }
+        let id = self.ids as u32;
+        self.ids += 1;
+        // Every list can take every id without allocating, so that dropping a chunk never does.
+        self.ready.reserve(self.ids - self.ready.len());
+        self.cold.reserve(self.ids - self.cold.len());
+        self.vacant.reserve(self.ids - self.vacant.len());
+        Some(id)
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        UNMAPPED.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl MappingWatch {
+    pub(crate) fn is_alive(&self) -> bool {
+        self.0.strong_count() > 0
     }
 
-    fn forget(&mut self, id: MappingId) {
-        let entry = &mut self.mapped[id.chunk as usize];
-        assert_eq!(
-            *entry,
-            Some(id.serial),
-            "chunk {} was unmapped twice",
-            id.chunk
-        );
-        *entry = None;
-        self.vacant.push(id.chunk);
-        self.unmapped += 1;
+    pub(crate) fn is_of(&self, chunk: &Chunk) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&chunk.chunk.body().alive))
     }
 }
 
@@ -259,7 +252,7 @@ impl ChunkMut {
     /// The chunk's index in its arena, below the arena's limit. Stable while the chunk exists; a
     /// chunk that is mapped later can inherit it.
     pub fn id(&self) -> u32 {
-        self.body().id.chunk
+        self.body().id
     }
 
     pub fn as_slice(&self) -> &[u8] {
@@ -283,10 +276,6 @@ impl ChunkMut {
             chunk: self,
             used_bytes,
         }
-    }
-
-    pub(crate) fn mapping_id(&self) -> MappingId {
-        self.body().id
     }
 
     /// Where the kernel shall write. Nothing else may look at the bytes until it is done.
@@ -337,8 +326,13 @@ impl Chunk {
         self.chunk
     }
 
-    pub(crate) fn mapping_id(&self) -> MappingId {
-        self.chunk.mapping_id()
+    pub(crate) fn watch(&self) -> MappingWatch {
+        MappingWatch(Arc::downgrade(&self.chunk.body().alive))
+    }
+
+    /// The whole mapping, of which [`Chunk::bytes`] is the beginning.
+    pub(crate) fn mapping(&self) -> &[u8] {
+        self.chunk.as_slice()
     }
 }
 
@@ -408,16 +402,20 @@ mod tests {
         let arena = Arena::new(4);
         let held = arena.alloc().expect("a chunk");
         arena.reserve(3);
-        let before = arena.alloc().expect("a chunk").mapping_id();
-        let seen = arena.unmapped();
+        let before = arena.alloc().expect("a chunk").freeze(1);
+        let (id, watch) = (before.id(), before.watch());
+        assert!(watch.is_alive() && watch.is_of(&before));
+        drop(before);
+        let seen = unmapped_count();
         arena.shrink(0);
-        assert_eq!(arena.unmapped(), seen + 3);
+        assert!(unmapped_count() >= seen + 3);
         assert_eq!(arena.stats().mapped_chunks, 1);
-        assert!(!arena.is_mapped(before));
-        assert!(arena.is_mapped(held.mapping_id()));
+        assert!(!watch.is_alive());
         let again: Vec<_> = std::iter::from_fn(|| arena.alloc()).collect();
         assert_eq!(again.len(), 3);
-        assert!(again.iter().all(|chunk| chunk.mapping_id() != before));
+        let heir = again.into_iter().find(|chunk| chunk.id() == id);
+        assert!(!watch.is_of(&heir.expect("the id is used again").freeze(1)));
+        drop(held);
     }
 
     #[test]

@@ -24,8 +24,13 @@ use crate::tcp::{TcpConfig, TcpError, socket};
 /// Completions that one call of `progress` handles: a peer that always has more to send must not
 /// keep the driver from its other work.
 const COMPLETIONS_PER_PROGRESS: usize = 32;
-/// How long a link that is dropped waits for the kernel to let go of its memory.
-const QUIESCE_PATIENCE: Duration = Duration::from_millis(500);
+/// Room for completions that the backlog begins with: one of each operation.
+const BACKLOG_COMPLETIONS: usize = 16;
+/// How long a link that is dropped waits for its operations to end, and for what it sent without
+/// copying to be acknowledged.
+const CANCEL_PATIENCE: Duration = Duration::from_millis(50);
+/// How long it then waits for the kernel to let go of its memory.
+const RESET_PATIENCE: Duration = Duration::from_millis(500);
 /// Bytes of the buffer on which the proof lane waits; it is never filled.
 const PROOF_BYTES: usize = 16;
 
@@ -54,6 +59,34 @@ pub(super) enum Token {
     BulkReceive = 3,
     BulkSend = 4,
     ProofReceive = 5,
+    BulkHeader = 6,
+    BulkBody = 7,
+}
+
+impl Token {
+    const ALL: [Token; 8] = [
+        Token::Cancel,
+        Token::ControlReceive,
+        Token::ControlSend,
+        Token::BulkReceive,
+        Token::BulkSend,
+        Token::ProofReceive,
+        Token::BulkHeader,
+        Token::BulkBody,
+    ];
+
+    /// The completion's `user_data`: the token in the low byte, `serial` above.
+    pub(super) fn with_serial(self, serial: u64) -> u64 {
+        self as u64 | serial << 8
+    }
+
+    pub(super) fn serial(user_data: u64) -> u64 {
+        user_data >> 8
+    }
+
+    fn of(user_data: u64) -> Token {
+        Token::ALL[(user_data & 0xff) as usize]
+    }
 }
 
 /// What a completed send or receive says, its errors aside.
@@ -84,6 +117,8 @@ struct Core {
     bulk_receive: BulkReceive,
     proof: Proof,
     lost: [bool; 3],
+    /// Completions that `flush` found, for the next `progress`.
+    backlog: VecDeque<cqueue::Entry>,
     /// Chunks to report in the next `progress`.
     ready: VecDeque<Ready>,
     /// Ties grants to this link.
@@ -120,17 +155,20 @@ impl TcpLink {
                 .and_then(|()| socket::set_options(stream, config))
                 .map_err(|source| TcpError::io("setting socket options", source))?;
         }
+        let ring = Ring::new()?;
+        let bulk_send = BulkSend::new(config.zero_copy, &ring);
         let mut core = Box::new(Core {
-            ring: Ring::new()?,
+            ring,
             streams: Some(streams),
             control: Control::new().map_err(memory)?,
-            bulk_send: BulkSend::new(),
+            bulk_send,
             bulk_receive: BulkReceive::new().map_err(memory)?,
             proof: Proof {
                 buffer: MmapMut::map_anon(PROOF_BYTES).map_err(memory)?,
                 in_flight: false,
             },
             lost: [false; 3],
+            backlog: VecDeque::with_capacity(BACKLOG_COMPLETIONS),
             ready: VecDeque::new(),
             pairing: u64::from_le_bytes(*pairing.0.first_chunk().expect("16 bytes hold 8")),
             peer,
@@ -240,8 +278,7 @@ impl Link for TcpLink {
 
     fn flush(&mut self) -> Result<(), LinkError> {
         self.core
-            .start_sends()
-            .and_then(|()| self.core.ring.submit())
+            .flush()
             .map_err(|source| io_error("io_uring_enter", source))
     }
 
@@ -264,7 +301,14 @@ impl std::fmt::Debug for TcpLink {
 
 impl Drop for TcpLink {
     fn drop(&mut self) {
-        if self.core.ring.quiesce(QUIESCE_PATIENCE) {
+        let core = &mut **self.core;
+        let quiet = core.ring.quiesce(CANCEL_PATIENCE) || {
+            // What can't be cancelled is memory that waits for the peer's acknowledgement. A reset
+            // throws the bytes away.
+            socket::reset(&core.streams().bulk);
+            core.ring.quiesce(RESET_PATIENCE)
+        };
+        if quiet {
             // SAFETY: `core` isn't used again: this is the end of the link.
             unsafe { ManuallyDrop::drop(&mut self.core) };
         } else {
@@ -279,11 +323,29 @@ impl Drop for TcpLink {
 }
 
 impl Core {
+    fn flush(&mut self) -> io::Result<()> {
+        // A small message is sent at once, while it is submitted: its completion is taken here,
+        // so that it doesn't wake the driver for nothing.
+        self.ring.hush();
+        self.start_sends()?;
+        self.ring.submit()?;
+        while let Some(completion) = self.ring.next() {
+            if !self.complete_silently(&completion) {
+                self.backlog.push_back(completion);
+            }
+        }
+        self.ring.unhush(self.has_backlog())
+    }
+
     fn progress(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> io::Result<()> {
         self.ring.hush();
+        self.ring.clear();
         let mut left = COMPLETIONS_PER_PROGRESS;
         while let Some(ready) = self.ready.pop_front() {
             sink(ready.into());
+        }
+        while let Some(completion) = self.backlog.pop_front() {
+            self.complete(&completion, sink);
         }
         loop {
             self.start_receives()?;
@@ -300,7 +362,17 @@ impl Core {
                 break;
             }
         }
-        self.ring.unhush(left == 0 || !self.ready.is_empty())
+        self.ring.unhush(left == 0 || self.has_backlog())
+    }
+
+    fn has_backlog(&self) -> bool {
+        !self.ready.is_empty() || !self.backlog.is_empty()
+    }
+
+    /// Handles a completion that has nothing to report. Returns whether it was one.
+    fn complete_silently(&mut self, completion: &cqueue::Entry) -> bool {
+        let sent = completion.user_data() == Token::ControlSend as u64 && completion.result() >= 0;
+        sent && self.control.sent(completion.result()).is_ok()
     }
 
     fn start_receives(&mut self) -> io::Result<()> {
@@ -333,37 +405,42 @@ impl Core {
 
     fn complete(&mut self, completion: &cqueue::Entry, sink: &mut dyn FnMut(Event<'_>)) {
         let result = completion.result();
-        match completion.user_data() {
-            token if token == Token::ControlReceive as u64 => {
+        match Token::of(completion.user_data()) {
+            Token::ControlReceive => {
                 let done = self
                     .control
                     .received(result, |message| sink(Event::Message(message)));
                 self.judge(Lane::Control, done, sink);
             }
-            token if token == Token::ControlSend as u64 => {
+            Token::ControlSend => {
                 let done = self.control.sent(result);
                 self.judge(Lane::Control, done, sink);
             }
-            token if token == Token::BulkReceive as u64 => {
+            Token::BulkReceive => {
                 let done = self
                     .bulk_receive
                     .received(result, |finished| sink(finished.into()));
                 self.judge(Lane::Bulk, done, sink);
             }
-            token if token == Token::BulkSend as u64 => {
+            Token::BulkSend | Token::BulkHeader => {
                 let done = self
                     .bulk_send
                     .sent(result, |chunk| sink(Event::Pushed(chunk)));
                 self.judge(Lane::Bulk, done, sink);
-                if self.is_lost(Lane::Bulk) {
-                    self.bulk_send.abandon(|chunk| sink(Event::Pushed(chunk)));
-                }
+                self.abandon_if_lost(sink);
             }
-            token if token == Token::ProofReceive as u64 => {
+            Token::BulkBody => {
+                let done = self
+                    .bulk_send
+                    .body_sent(completion, |chunk| sink(Event::Pushed(chunk)));
+                self.judge(Lane::Bulk, done, sink);
+                self.abandon_if_lost(sink);
+            }
+            Token::ProofReceive => {
                 let done = self.proof.received(result);
                 self.judge(Lane::Proof, done, sink);
             }
-            token => assert_eq!(token, Token::Cancel as u64, "an operation nobody started"),
+            Token::Cancel => {}
         }
     }
 
@@ -372,9 +449,13 @@ impl Core {
         let Err(kind) = done else { return };
         if !std::mem::replace(&mut self.lost[lane as usize - 1], true) {
             sink(Event::Lost(Loss { lane, kind }));
-            if lane == Lane::Bulk {
-                self.bulk_send.abandon(|chunk| sink(Event::Pushed(chunk)));
-            }
+            self.abandon_if_lost(sink);
+        }
+    }
+
+    fn abandon_if_lost(&mut self, sink: &mut dyn FnMut(Event<'_>)) {
+        if self.is_lost(Lane::Bulk) {
+            self.bulk_send.abandon(|chunk| sink(Event::Pushed(chunk)));
         }
     }
 

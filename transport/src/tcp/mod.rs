@@ -18,11 +18,13 @@ mod listen;
 pub mod preamble;
 mod ring;
 mod socket;
+mod zero_copy;
 
 pub use connect::TcpConnector;
 pub use link::TcpLink;
 pub use listen::{Incoming, Refusal, TcpListener};
 pub use preamble::PairingId;
+pub use zero_copy::ZeroCopy;
 
 /// What an operator may want to choose about the connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +34,7 @@ pub struct TcpConfig {
     pub user_timeout: Duration,
     /// How long a pairing may take from its first connection to its last.
     pub pairing_timeout: Duration,
+    pub zero_copy: ZeroCopy,
 }
 
 impl Default for TcpConfig {
@@ -39,6 +42,7 @@ impl Default for TcpConfig {
         TcpConfig {
             user_timeout: Duration::from_secs(10),
             pairing_timeout: Duration::from_secs(2),
+            zero_copy: ZeroCopy::default(),
         }
     }
 }

@@ -89,6 +89,17 @@ impl Ring {
         Ok(())
     }
 
+    /// Submits what is queued if the next `entries` would not fit in the queue otherwise.
+    pub(super) fn make_room(&mut self, entries: usize) -> io::Result<()> {
+        let queue = self.ring.submission();
+        let free = queue.capacity() - queue.len();
+        drop(queue);
+        if free < entries {
+            self.submit()?;
+        }
+        Ok(())
+    }
+
     /// Gives what is queued to the kernel and runs the work that it deferred, if there is either.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         loop {
@@ -116,12 +127,16 @@ impl Ring {
         Some(entry)
     }
 
-    /// Begins a stretch in which this thread looks at the completions by itself: the eventfd is
-    /// reset, and the kernel stops writing it.
-    pub(super) fn hush(&mut self) {
-        self.ring.completion().disable_eventfd();
+    /// Resets the eventfd.
+    pub(super) fn clear(&mut self) {
         // Nothing to read is as good as having read it.
         let _ = self.ready.read();
+    }
+
+    /// Begins a stretch in which this thread looks at the completions by itself: the kernel stops
+    /// writing the eventfd.
+    pub(super) fn hush(&mut self) {
+        self.ring.completion().disable_eventfd();
     }
 
     /// Ends the stretch: the eventfd is readable if the caller says that `more` is to be done, or

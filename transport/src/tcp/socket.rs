@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -26,4 +26,25 @@ pub(super) fn set_options(stream: &TcpStream, config: &TcpConfig) -> io::Result<
     setsockopt(&fd, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
     setsockopt(&fd, sockopt::TcpUserTimeout, &timeout_ms)?;
     Ok(())
+}
+
+/// Ends a connection with a reset, throwing away what it has not sent, whoever else has its
+/// descriptor.
+pub(super) fn reset(stream: &TcpStream) {
+    let nowhere = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    // SAFETY: the address is a whole sockaddr that lives during the call.
+    let done = unsafe {
+        libc::connect(
+            stream.as_raw_fd(),
+            &raw const nowhere,
+            size_of::<libc::sockaddr>() as libc::socklen_t,
+        )
+    };
+    if done != 0 {
+        let error = io::Error::last_os_error();
+        tracing::warn!(%error, "a connection can't be reset");
+    }
 }

@@ -33,9 +33,12 @@ pub fn pairing() -> PairingId {
 }
 
 pub fn pair() -> (TcpLink, TcpLink) {
-    let config = TcpConfig::default();
-    let (mut listener, address) = listener(&config);
-    connect_to(&mut listener, address, &config)
+    pair_with(&TcpConfig::default())
+}
+
+pub fn pair_with(config: &TcpConfig) -> (TcpLink, TcpLink) {
+    let (mut listener, address) = listener(config);
+    connect_to(&mut listener, address, config)
 }
 
 /// The connecting end and the accepting end of a new link.
