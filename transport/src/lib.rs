@@ -5,6 +5,7 @@
 //! written by nobody ([`Chunk`]).
 
 pub mod arena;
+mod grants;
 pub mod link;
 pub mod mem;
 pub mod tcp;

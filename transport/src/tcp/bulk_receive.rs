@@ -7,9 +7,9 @@ use io_uring::{opcode, types};
 use memmap2::MmapMut;
 
 use crate::arena::{Chunk, ChunkMut};
+use crate::grants::{Claim, GrantIndex, Granted, Grants};
 use crate::link::LossKind;
-use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader, GrantIndex};
-use crate::tcp::grants::{Claim, Granted, Grants};
+use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader};
 use crate::tcp::link::{Outcome, Token, outcome};
 use crate::tcp::ring::Ring;
 

@@ -12,8 +12,9 @@ use std::os::fd::RawFd;
 use io_uring::{cqueue, opcode, squeue, types};
 
 use crate::arena::Chunk;
+use crate::grants::GrantIndex;
 use crate::link::LossKind;
-use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader, GrantIndex};
+use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader};
 use crate::tcp::link::{Outcome, Token, outcome};
 use crate::tcp::ring::Ring;
 use crate::tcp::zero_copy::{ZeroCopy, ZeroCopyState};

@@ -3,7 +3,8 @@
 //! All integers are little-endian. Bulk: a [`FrameHeader`], then `length` bytes of chunk.
 //! Control: a `u32` length, then that many bytes of message. Proof: nothing at all.
 
-use crate::link::{CHUNK_BYTES, Grant, MESSAGE_BYTES_MAX};
+pub use crate::grants::GrantIndex;
+use crate::link::{CHUNK_BYTES, MESSAGE_BYTES_MAX};
 
 /// Bytes of a [`FrameHeader`].
 pub const FRAME_HEADER_BYTES: usize = 24;
@@ -11,15 +12,6 @@ pub const FRAME_HEADER_BYTES: usize = 24;
 pub const MESSAGE_PREFIX_BYTES: usize = 4;
 
 const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"CRbf");
-const GRANT_MAGIC: u32 = u32::from_le_bytes(*b"CRtg");
-
-/// Which grant a frame uses: an entry of the receiver's table, and which of the grants that the
-/// entry has had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GrantIndex {
-    pub index: u32,
-    pub generation: u32,
-}
 
 /// Precedes a chunk's bytes on the bulk lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +46,9 @@ impl FrameHeader {
             0,
         ];
         let mut bytes = [0; FRAME_HEADER_BYTES];
-        put_words(&mut bytes, &words);
+        for (to, word) in bytes.chunks_exact_mut(4).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
         bytes
     }
 
@@ -88,34 +82,6 @@ pub fn decode_message_length(prefix: [u8; MESSAGE_PREFIX_BYTES]) -> Result<usize
         return Err(FrameError::MessageLength(length));
     }
     Ok(length as usize)
-}
-
-/// A grant's opaque form. `pairing` ties it to one link, so that a grant of an earlier one is
-/// noticed by the sender already.
-pub fn encode_grant(grant: GrantIndex, pairing: u64) -> Grant {
-    let mut bytes = [0; 24];
-    put_words(&mut bytes, &[GRANT_MAGIC, grant.index, grant.generation, 0]);
-    bytes[16..].copy_from_slice(&pairing.to_le_bytes());
-    Grant(bytes)
-}
-
-/// `None` if the bytes aren't a grant of the link with this `pairing`. The peer chose them, so
-/// index and generation are still only a claim that the peer will judge.
-pub fn decode_grant(grant: &Grant, pairing: u64) -> Option<GrantIndex> {
-    let bytes = &grant.0;
-    let ours = word_at(bytes, 0) == GRANT_MAGIC
-        && word_at(bytes, 3) == 0
-        && bytes[16..] == pairing.to_le_bytes();
-    ours.then(|| GrantIndex {
-        index: word_at(bytes, 1),
-        generation: word_at(bytes, 2),
-    })
-}
-
-fn put_words(bytes: &mut [u8], words: &[u32]) {
-    for (to, word) in bytes.chunks_exact_mut(4).zip(words) {
-        to.copy_from_slice(&word.to_le_bytes());
-    }
 }
 
 fn word_at(bytes: &[u8], index: usize) -> u32 {
@@ -162,14 +128,6 @@ mod tests {
                 Err(FrameError::ChunkLength(length))
             );
         }
-    }
-
-    #[test]
-    fn grants_belong_to_one_pairing() {
-        let grant = encode_grant(HEADER.grant, 5);
-        assert_eq!(decode_grant(&grant, 5), Some(HEADER.grant));
-        assert_eq!(decode_grant(&grant, 6), None);
-        assert_eq!(decode_grant(&Grant([0; 24]), 0), None);
     }
 
     #[test]

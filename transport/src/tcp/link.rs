@@ -12,11 +12,11 @@ use io_uring::{cqueue, opcode, types};
 use memmap2::MmapMut;
 
 use crate::arena::{Chunk, ChunkMut};
+use crate::grants::GrantIndex;
 use crate::link::{Event, Grant, Lane, Link, LinkError, Loss, LossKind};
 use crate::tcp::bulk_receive::{BulkReceive, Finished};
 use crate::tcp::bulk_send::BulkSend;
 use crate::tcp::control::Control;
-use crate::tcp::frame::{decode_grant, encode_grant};
 use crate::tcp::preamble::PairingId;
 use crate::tcp::ring::Ring;
 use crate::tcp::{TcpConfig, TcpError, socket};
@@ -240,7 +240,7 @@ impl Link for TcpLink {
             .grants
             .add(chunk, slot)
             .ok_or(LinkError::BadGrant)?;
-        Ok(encode_grant(index, core.pairing))
+        Ok(index.encode(core.pairing))
     }
 
     fn revoke(&mut self, slot: u8) -> Result<(), LinkError> {
@@ -267,7 +267,7 @@ impl Link for TcpLink {
     /// On a lost lane the chunk comes back as pushed.
     fn push(&mut self, chunk: Chunk, to: Grant, tag: u32) -> Result<(), LinkError> {
         let core = &mut **self.core;
-        let grant = decode_grant(&to, core.pairing).ok_or(LinkError::BadGrant)?;
+        let grant = GrantIndex::decode(&to, core.pairing).ok_or(LinkError::BadGrant)?;
         if core.is_lost(Lane::Bulk) {
             core.ready.push_back(Ready::Pushed(chunk));
             return core.wake_if_ready();

@@ -12,7 +12,6 @@ mod bulk_send;
 mod connect;
 mod control;
 pub mod frame;
-mod grants;
 mod link;
 mod listen;
 pub mod preamble;

@@ -17,14 +17,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use transport::link::CHUNK_BYTES;
 use transport::{Arena, Chunk, ChunkMut, Event, Grant, Lane, Link, Loss, LossKind};
 
-pub mod suite;
+pub(crate) mod suite;
 
 /// When a test that waits for something gives up. Not a measure of speed: nothing is asserted
 /// about how long anything takes.
-pub const WATCHDOG: Duration = Duration::from_secs(30);
+pub(crate) const WATCHDOG: Duration = Duration::from_secs(30);
 
 /// Makes pairs of links of one kind.
-pub trait Network {
+pub(crate) trait Network {
     type Link: Link;
     /// Two ends of a new link, to be driven by the calling thread.
     fn pair() -> (Self::Link, Self::Link);
@@ -35,14 +35,14 @@ pub trait Network {
 
 /// How a test ends a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cut {
+pub(crate) enum Cut {
     Fin,
     Reset,
 }
 
 /// An [`Event`] that can be kept.
 #[derive(Debug)]
-pub enum Seen {
+pub(crate) enum Seen {
     Message(Vec<u8>),
     Pushed(Chunk),
     Arrived { chunk: Chunk, tag: u32 },
@@ -63,46 +63,46 @@ impl From<Event<'_>> for Seen {
 }
 
 /// One end of a link and what it reported.
-pub struct End<L> {
-    pub link: L,
-    pub seen: VecDeque<Seen>,
+pub(crate) struct End<L> {
+    pub(crate) link: L,
+    pub(crate) seen: VecDeque<Seen>,
 }
 
 impl<L: Link> End<L> {
-    pub fn new(link: L) -> End<L> {
+    pub(crate) fn new(link: L) -> End<L> {
         End {
             link,
             seen: VecDeque::new(),
         }
     }
 
-    pub fn progress(&mut self) {
+    pub(crate) fn progress(&mut self) {
         let seen = &mut self.seen;
         self.link
             .progress(&mut |event| seen.push_back(event.into()))
             .expect("progress");
     }
 
-    pub fn send(&mut self, message: &[u8]) {
+    pub(crate) fn send(&mut self, message: &[u8]) {
         self.link.send(message).expect("send");
         self.link.flush().expect("flush");
     }
 
-    pub fn push(&mut self, chunk: Chunk, to: Grant, tag: u32) {
+    pub(crate) fn push(&mut self, chunk: Chunk, to: Grant, tag: u32) {
         self.link.push(chunk, to, tag).expect("push");
     }
 
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         self.link.flush().expect("flush");
     }
 
     /// Whether the ready descriptor is readable now.
-    pub fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         wait_readable(&[self.link.ready_fd().as_fd()], Duration::ZERO)[0]
     }
 
     /// Takes every seen event that `pick` wants, in order.
-    pub fn take<T>(&mut self, pick: impl Fn(Seen) -> Result<T, Seen>) -> Vec<T> {
+    pub(crate) fn take<T>(&mut self, pick: impl Fn(Seen) -> Result<T, Seen>) -> Vec<T> {
         let mut taken = Vec::new();
         let mut kept = VecDeque::new();
         for seen in self.seen.drain(..) {
@@ -115,48 +115,48 @@ impl<L: Link> End<L> {
         taken
     }
 
-    pub fn take_messages(&mut self) -> Vec<Vec<u8>> {
+    pub(crate) fn take_messages(&mut self) -> Vec<Vec<u8>> {
         self.take(|seen| match seen {
             Seen::Message(bytes) => Ok(bytes),
             other => Err(other),
         })
     }
 
-    pub fn take_pushed(&mut self) -> Vec<Chunk> {
+    pub(crate) fn take_pushed(&mut self) -> Vec<Chunk> {
         self.take(|seen| match seen {
             Seen::Pushed(chunk) => Ok(chunk),
             other => Err(other),
         })
     }
 
-    pub fn take_arrived(&mut self) -> Vec<(Chunk, u32)> {
+    pub(crate) fn take_arrived(&mut self) -> Vec<(Chunk, u32)> {
         self.take(|seen| match seen {
             Seen::Arrived { chunk, tag } => Ok((chunk, tag)),
             other => Err(other),
         })
     }
 
-    pub fn take_revoked(&mut self) -> Vec<ChunkMut> {
+    pub(crate) fn take_revoked(&mut self) -> Vec<ChunkMut> {
         self.take(|seen| match seen {
             Seen::Revoked(chunk) => Ok(chunk),
             other => Err(other),
         })
     }
 
-    pub fn take_losses(&mut self) -> Vec<Loss> {
+    pub(crate) fn take_losses(&mut self) -> Vec<Loss> {
         self.take(|seen| match seen {
             Seen::Lost(loss) => Ok(loss),
             other => Err(other),
         })
     }
 
-    pub fn count(&self, pick: impl Fn(&Seen) -> bool) -> usize {
+    pub(crate) fn count(&self, pick: impl Fn(&Seen) -> bool) -> usize {
         self.seen.iter().filter(|seen| pick(seen)).count()
     }
 }
 
 /// Drives both ends, each only when its descriptor says so, until `done`.
-pub fn drive<L: Link>(
+pub(crate) fn drive<L: Link>(
     a: &mut End<L>,
     b: &mut End<L>,
     mut done: impl FnMut(&mut End<L>, &mut End<L>) -> bool,
@@ -184,7 +184,7 @@ pub fn drive<L: Link>(
 }
 
 /// Drives one end until `done`.
-pub fn drive_one<L: Link>(end: &mut End<L>, mut done: impl FnMut(&mut End<L>) -> bool) {
+pub(crate) fn drive_one<L: Link>(end: &mut End<L>, mut done: impl FnMut(&mut End<L>) -> bool) {
     let deadline = Instant::now() + WATCHDOG;
     while !done(end) {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -196,7 +196,7 @@ pub fn drive_one<L: Link>(end: &mut End<L>, mut done: impl FnMut(&mut End<L>) ->
 
 /// Drives both ends until neither has had anything to do for a while: for tests of what must
 /// *not* happen.
-pub fn settle<L: Link>(a: &mut End<L>, b: &mut End<L>) {
+pub(crate) fn settle<L: Link>(a: &mut End<L>, b: &mut End<L>) {
     loop {
         let ready = wait_readable(
             &[a.link.ready_fd().as_fd(), b.link.ready_fd().as_fd()],
@@ -210,7 +210,7 @@ pub fn settle<L: Link>(a: &mut End<L>, b: &mut End<L>) {
     }
 }
 
-pub fn wait_readable(fds: &[std::os::fd::BorrowedFd<'_>], timeout: Duration) -> Vec<bool> {
+pub(crate) fn wait_readable(fds: &[std::os::fd::BorrowedFd<'_>], timeout: Duration) -> Vec<bool> {
     let mut fds: Vec<_> = fds
         .iter()
         .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
@@ -227,13 +227,13 @@ pub fn wait_readable(fds: &[std::os::fd::BorrowedFd<'_>], timeout: Duration) -> 
 }
 
 /// A chunk of `bytes` bytes that differ with `seed`.
-pub fn filled(arena: &Arena, bytes: usize, seed: u32) -> Chunk {
+pub(crate) fn filled(arena: &Arena, bytes: usize, seed: u32) -> Chunk {
     let mut chunk = arena.alloc().expect("the arena is large enough");
     chunk.as_mut_slice()[..bytes].copy_from_slice(&pattern(bytes, seed));
     chunk.freeze(bytes)
 }
 
-pub fn pattern(bytes: usize, seed: u32) -> Vec<u8> {
+pub(crate) fn pattern(bytes: usize, seed: u32) -> Vec<u8> {
     let mut state = u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut out = Vec::with_capacity(bytes + 8);
     while out.len() < bytes {
@@ -246,23 +246,22 @@ pub fn pattern(bytes: usize, seed: u32) -> Vec<u8> {
     out
 }
 
-pub fn small(arena: &Arena, seed: u32) -> Chunk {
+pub(crate) fn small(arena: &Arena, seed: u32) -> Chunk {
     filled(arena, 64, seed)
 }
 
-pub fn is_error(loss: &Loss) -> bool {
+pub(crate) fn is_error(loss: &Loss) -> bool {
     matches!(loss.kind, LossKind::Error(_))
 }
 
 /// More than one link's worth of chunks.
-pub fn arena() -> Arena {
+pub(crate) fn arena() -> Arena {
     Arena::new(256)
 }
 
-pub const WHOLE: usize = CHUNK_BYTES;
+pub(crate) const WHOLE: usize = CHUNK_BYTES;
 
 /// Makes a test of every function of the suite for one [`Network`].
-#[macro_export]
 macro_rules! conformance {
     ($network:ty: $($test:ident),* $(,)?) => {
         $(
@@ -273,7 +272,7 @@ macro_rules! conformance {
         )*
     };
     ($network:ty) => {
-        $crate::conformance!($network:
+        $crate::conformance::conformance!($network:
             messages_arrive_whole_and_in_order,
             message_length_and_queue_are_bounded,
             chunks_of_every_size_arrive_with_their_bytes,
@@ -293,3 +292,5 @@ macro_rules! conformance {
         );
     };
 }
+
+pub(crate) use conformance;

@@ -1,30 +1,40 @@
-//! The receiver's table of granted chunks.
+//! The receiver's table of granted chunks, for links whose frames name a grant by its index.
 
 use crate::arena::ChunkMut;
-use crate::tcp::frame::GrantIndex;
+use crate::link::Grant;
 
 /// Entries of the table, and so grants that can be out at once: 1 TiB of chunks.
 const ENTRIES_MAX: usize = 1 << 20;
 /// How many of an entry's past grants are remembered.
 const HISTORY: u32 = u64::BITS;
 
+const MAGIC: [u8; 8] = *b"CRgrant1";
+
+/// Which grant a frame uses: an entry of the receiver's table, and which of the grants that the
+/// entry has had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrantIndex {
+    pub index: u32,
+    pub generation: u32,
+}
+
 /// Chunks that the peer may fill, by the index that travels in a frame.
 #[derive(Debug, Default)]
-pub(super) struct Grants {
+pub(crate) struct Grants {
     entries: Vec<Entry>,
     vacant: Vec<u32>,
 }
 
 /// A chunk that the peer may fill once.
 #[derive(Debug)]
-pub(super) struct Granted {
-    pub(super) chunk: ChunkMut,
-    pub(super) slot: u8,
+pub(crate) struct Granted {
+    pub(crate) chunk: ChunkMut,
+    pub(crate) slot: u8,
 }
 
 /// What a frame's grant turned out to be.
 #[derive(Debug)]
-pub(super) enum Claim {
+pub(crate) enum Claim {
     Granted(Granted),
     /// It was revoked while the frame was on its way: not the peer's fault.
     Revoked,
@@ -43,9 +53,34 @@ struct Entry {
     granted: Option<Granted>,
 }
 
+impl GrantIndex {
+    /// The opaque form. `link` tells links apart, so that a grant of another one is noticed by the
+    /// sender already.
+    pub(crate) fn encode(self, link: u64) -> Grant {
+        let mut bytes = [0; 24];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&self.index.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.generation.to_le_bytes());
+        bytes[16..].copy_from_slice(&link.to_le_bytes());
+        Grant(bytes)
+    }
+
+    /// `None` if the bytes aren't a grant of `link`. The peer chose them, so index and generation
+    /// are still only a claim that the peer will judge.
+    pub(crate) fn decode(grant: &Grant, link: u64) -> Option<GrantIndex> {
+        let (head, rest) = grant.0.split_first_chunk::<8>()?;
+        let (index, rest) = rest.split_first_chunk::<4>()?;
+        let (generation, of) = rest.split_first_chunk::<4>()?;
+        (*head == MAGIC && of == link.to_le_bytes()).then(|| GrantIndex {
+            index: u32::from_le_bytes(*index),
+            generation: u32::from_le_bytes(*generation),
+        })
+    }
+}
+
 impl Grants {
     /// `None` if too many grants are out.
-    pub(super) fn add(&mut self, chunk: ChunkMut, slot: u8) -> Option<GrantIndex> {
+    pub(crate) fn add(&mut self, chunk: ChunkMut, slot: u8) -> Option<GrantIndex> {
         let index = match self.vacant.pop() {
             Some(index) => index,
             None if self.entries.len() < ENTRIES_MAX => {
@@ -67,7 +102,7 @@ impl Grants {
     }
 
     /// Takes the chunk that a frame wants to fill; the grant is used up.
-    pub(super) fn claim(&mut self, grant: GrantIndex) -> Claim {
+    pub(crate) fn claim(&mut self, grant: GrantIndex) -> Claim {
         let Some(entry) = self.entries.get_mut(grant.index as usize) else {
             return Claim::Unknown;
         };
@@ -94,7 +129,7 @@ impl Grants {
     }
 
     /// Takes back every grant of `slot`.
-    pub(super) fn revoke(&mut self, slot: u8, mut take: impl FnMut(ChunkMut)) {
+    pub(crate) fn revoke(&mut self, slot: u8, mut take: impl FnMut(ChunkMut)) {
         for (index, entry) in self.entries.iter_mut().enumerate() {
             if entry.granted.as_ref().is_some_and(|it| it.slot == slot) {
                 let granted = entry.end(true).expect("it was granted");
@@ -121,6 +156,18 @@ mod tests {
 
     fn chunk(arena: &Arena) -> ChunkMut {
         arena.alloc().expect("the arena is large enough")
+    }
+
+    #[test]
+    fn opaque_grants_belong_to_one_link() {
+        let index = GrantIndex {
+            index: 7,
+            generation: 9,
+        };
+        let grant = index.encode(5);
+        assert_eq!(GrantIndex::decode(&grant, 5), Some(index));
+        assert_eq!(GrantIndex::decode(&grant, 6), None);
+        assert_eq!(GrantIndex::decode(&Grant([0; 24]), 0), None);
     }
 
     #[test]

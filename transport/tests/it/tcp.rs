@@ -1,11 +1,8 @@
 //! The conformance suite on TCP over loopback.
 
-mod conformance;
-mod tcp_pair;
-
 use std::os::fd::AsFd;
 
-use conformance::{Cut, Network};
+use crate::conformance::{Cut, Network};
 use transport::tcp::TcpLink;
 use transport::{Lane, Link};
 
@@ -15,15 +12,15 @@ impl Network for Loopback {
     type Link = TcpLink;
 
     fn pair() -> (TcpLink, TcpLink) {
-        tcp_pair::pair()
+        crate::tcp_pair::pair()
     }
 
     fn cut(_: &mut TcpLink, peer: &mut TcpLink, lane: Lane, how: Cut) {
-        tcp_pair::cut(peer, lane, how == Cut::Reset);
+        crate::tcp_pair::cut(peer, lane, how == Cut::Reset);
     }
 }
 
-conformance!(Loopback);
+crate::conformance::conformance!(Loopback);
 
 /// Zero-copy sends whatever the kernel says; over loopback it copies after all, but all of the
 /// bookkeeping is the same.
@@ -38,7 +35,7 @@ mod zero_copy {
         type Link = TcpLink;
 
         fn pair() -> (TcpLink, TcpLink) {
-            tcp_pair::pair_with(&TcpConfig {
+            crate::tcp_pair::pair_with(&TcpConfig {
                 zero_copy: ZeroCopy::Always,
                 ..TcpConfig::default()
             })
@@ -49,12 +46,12 @@ mod zero_copy {
         }
     }
 
-    conformance!(ZeroCopyLoopback);
+    crate::conformance::conformance!(ZeroCopyLoopback);
 }
 
 #[test]
 fn the_proof_descriptor_closes_on_exec() {
-    let (a, _b) = tcp_pair::pair();
+    let (a, _b) = crate::tcp_pair::pair();
     let fd = a.proof_fd().expect("a proof lane");
     let flags = nix::fcntl::fcntl(fd.as_fd(), nix::fcntl::FcntlArg::F_GETFD).expect("fcntl");
     assert_eq!(flags, libc::FD_CLOEXEC);

@@ -1,8 +1,6 @@
 //! How fast the TCP link is beside plain blocking sockets. Prints, asserts nothing:
 //! `cargo test --release -p transport --test speed -- --ignored --nocapture`.
 
-mod tcp_pair;
-
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -139,7 +137,7 @@ fn plain_ping_pong(bytes: usize) -> f64 {
 /// Each end in a thread of its own; the result is `near`'s.
 fn with_links<T>(near: impl FnOnce(TcpLink) -> T, far: impl FnOnce(TcpLink) + Send) -> T {
     let config = TcpConfig::default();
-    let (mut listener, address) = tcp_pair::listener(&config);
+    let (mut listener, address) = crate::tcp_pair::listener(&config);
     thread::scope(|scope| {
         scope.spawn(move || {
             let mut link = None;
@@ -160,7 +158,8 @@ fn with_links<T>(near: impl FnOnce(TcpLink) -> T, far: impl FnOnce(TcpLink) + Se
 }
 
 fn connected(address: SocketAddr, config: &TcpConfig) -> TcpLink {
-    let mut connector = TcpConnector::start(address, tcp_pair::pairing(), config).expect("start");
+    let mut connector =
+        TcpConnector::start(address, crate::tcp_pair::pairing(), config).expect("start");
     loop {
         wait(connector.ready_fd());
         if let Some(link) = connector.progress().expect("connector") {

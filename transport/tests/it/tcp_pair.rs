@@ -14,7 +14,7 @@ use nix::sys::socket::shutdown;
 use transport::Lane;
 use transport::tcp::{Incoming, PairingId, TcpConfig, TcpConnector, TcpLink, TcpListener};
 
-pub fn listener(config: &TcpConfig) -> (TcpListener, SocketAddr) {
+pub(crate) fn listener(config: &TcpConfig) -> (TcpListener, SocketAddr) {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let listener = TcpListener::bind(any_port, config).expect("listening on loopback");
     let address = listener.local_addr().expect("it is bound");
@@ -22,7 +22,7 @@ pub fn listener(config: &TcpConfig) -> (TcpListener, SocketAddr) {
 }
 
 /// Unlike any other of this process.
-pub fn pairing() -> PairingId {
+pub(crate) fn pairing() -> PairingId {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let mut id = [0; 16];
@@ -32,17 +32,17 @@ pub fn pairing() -> PairingId {
     PairingId(id)
 }
 
-pub fn pair() -> (TcpLink, TcpLink) {
+pub(crate) fn pair() -> (TcpLink, TcpLink) {
     pair_with(&TcpConfig::default())
 }
 
-pub fn pair_with(config: &TcpConfig) -> (TcpLink, TcpLink) {
+pub(crate) fn pair_with(config: &TcpConfig) -> (TcpLink, TcpLink) {
     let (mut listener, address) = listener(config);
     connect_to(&mut listener, address, config)
 }
 
 /// The connecting end and the accepting end of a new link.
-pub fn connect_to(
+pub(crate) fn connect_to(
     listener: &mut TcpListener,
     address: SocketAddr,
     config: &TcpConfig,
@@ -70,7 +70,7 @@ pub fn connect_to(
 }
 
 /// Ends one of `link`'s lanes, as the kernel does when the process dies or when it resets.
-pub fn cut(link: &TcpLink, lane: Lane, reset: bool) {
+pub(crate) fn cut(link: &TcpLink, lane: Lane, reset: bool) {
     let fd = link.lane_fd(lane).as_raw_fd();
     if reset {
         // Disconnecting sends a reset at once, also while a ring has operations on the socket.

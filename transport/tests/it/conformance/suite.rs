@@ -20,7 +20,7 @@ fn grant<L: Link>(end: &mut End<L>, arena: &Arena, slot: u8) -> Grant {
     end.link.grant(chunk, slot).expect("grant")
 }
 
-pub fn messages_arrive_whole_and_in_order<N: Network>() {
+pub(crate) fn messages_arrive_whole_and_in_order<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let lengths = [0, 1, 3, 4, 64, 1000, 4096, 40_000, MESSAGE_BYTES_MAX];
     for round in 0..20 {
@@ -45,7 +45,7 @@ pub fn messages_arrive_whole_and_in_order<N: Network>() {
     }
 }
 
-pub fn message_length_and_queue_are_bounded<N: Network>() {
+pub(crate) fn message_length_and_queue_are_bounded<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let long = vec![0; MESSAGE_BYTES_MAX + 1];
     assert!(matches!(
@@ -71,7 +71,7 @@ pub fn message_length_and_queue_are_bounded<N: Network>() {
     drive(&mut a, &mut b, |_, b| b.take_messages() == [b"again"]);
 }
 
-pub fn chunks_of_every_size_arrive_with_their_bytes<N: Network>() {
+pub(crate) fn chunks_of_every_size_arrive_with_their_bytes<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let arena = arena();
     let sizes = [1, 64, 65, 4095, 4096, 65_536, 300_001, WHOLE - 1, WHOLE];
@@ -93,7 +93,7 @@ pub fn chunks_of_every_size_arrive_with_their_bytes<N: Network>() {
     }
 }
 
-pub fn grants_can_be_used_out_of_order<N: Network>() {
+pub(crate) fn grants_can_be_used_out_of_order<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let arena = arena();
     let mut grants: Vec<_> = (0..16).map(|_| grant(&mut b, &arena, 0)).collect();
@@ -111,7 +111,7 @@ pub fn grants_can_be_used_out_of_order<N: Network>() {
     }
 }
 
-pub fn many_chunks_and_messages_at_once<N: Network>() {
+pub(crate) fn many_chunks_and_messages_at_once<N: Network>() {
     const CHUNKS: u32 = 200;
     let (mut a, mut b) = pair::<N>();
     let (arena_a, arena_b) = (Arena::new(32), Arena::new(32));
@@ -156,7 +156,7 @@ pub fn many_chunks_and_messages_at_once<N: Network>() {
     assert_eq!(messages + b.take_messages().len() as u32, CHUNKS);
 }
 
-pub fn messages_are_not_delayed_by_chunks<N: Network>() {
+pub(crate) fn messages_are_not_delayed_by_chunks<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let arena = arena();
     for tag in 0..100 {
@@ -175,7 +175,7 @@ pub fn messages_are_not_delayed_by_chunks<N: Network>() {
     });
 }
 
-pub fn a_foreign_grant_is_refused<N: Network>() {
+pub(crate) fn a_foreign_grant_is_refused<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let (_c, mut d) = pair::<N>();
     let arena = arena();
@@ -195,7 +195,7 @@ pub fn a_foreign_grant_is_refused<N: Network>() {
     });
 }
 
-pub fn a_grant_that_is_used_twice_ends_the_lane<N: Network>() {
+pub(crate) fn a_grant_that_is_used_twice_ends_the_lane<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let arena = arena();
     let to = grant(&mut b, &arena, 0);
@@ -218,7 +218,7 @@ pub fn a_grant_that_is_used_twice_ends_the_lane<N: Network>() {
     });
 }
 
-pub fn pushes_wait_for_a_slow_receiver<N: Network>() {
+pub(crate) fn pushes_wait_for_a_slow_receiver<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let arena = arena();
     for tag in 0..64 {
@@ -239,7 +239,7 @@ pub fn pushes_wait_for_a_slow_receiver<N: Network>() {
     }
 }
 
-pub fn revoked_chunks_come_back_and_late_writes_are_dropped<N: Network>() {
+pub(crate) fn revoked_chunks_come_back_and_late_writes_are_dropped<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let arena = arena();
     let revoked: Vec<_> = (0..4).map(|_| grant(&mut b, &arena, 0)).collect();
@@ -277,7 +277,7 @@ pub fn revoked_chunks_come_back_and_late_writes_are_dropped<N: Network>() {
     assert!(chunk.thaw().as_slice()[64..].iter().all(|&it| it == 0x11));
 }
 
-pub fn revoking_in_mid_chunk_takes_the_chunk_back<N: Network>() {
+pub(crate) fn revoking_in_mid_chunk_takes_the_chunk_back<N: Network>() {
     // Where in the chunk the revocation hits is up to the kernel: try several times.
     for round in 0..20 {
         let (mut a, mut b) = pair::<N>();
@@ -332,7 +332,7 @@ pub fn revoking_in_mid_chunk_takes_the_chunk_back<N: Network>() {
     }
 }
 
-pub fn each_lane_ends_alone_and_says_how<N: Network>() {
+pub(crate) fn each_lane_ends_alone_and_says_how<N: Network>() {
     for lane in [Lane::Control, Lane::Bulk, Lane::Proof] {
         for how in [Cut::Fin, Cut::Reset] {
             let (mut a, mut b) = pair::<N>();
@@ -353,7 +353,7 @@ pub fn each_lane_ends_alone_and_says_how<N: Network>() {
     }
 }
 
-pub fn a_lost_bulk_lane_gives_chunks_back<N: Network>() {
+pub(crate) fn a_lost_bulk_lane_gives_chunks_back<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     let (arena_a, arena_b) = (Arena::new(32), Arena::new(36));
     let grants: Vec<_> = (0..32).map(|_| grant(&mut b, &arena_b, 3)).collect();
@@ -375,7 +375,7 @@ pub fn a_lost_bulk_lane_gives_chunks_back<N: Network>() {
     drive_one(&mut a, |a| a.take_revoked().len() == 4);
 }
 
-pub fn the_proof_lane_ends_with_its_last_copy<N: Network>() {
+pub(crate) fn the_proof_lane_ends_with_its_last_copy<N: Network>() {
     let (mut a, b) = pair::<N>();
     let copy = b
         .link
@@ -399,7 +399,7 @@ pub fn the_proof_lane_ends_with_its_last_copy<N: Network>() {
     assert_eq!((loss.lane, loss.kind), (Lane::Proof, LossKind::Fin));
 }
 
-pub fn dropping_a_busy_link_returns_every_chunk<N: Network>() {
+pub(crate) fn dropping_a_busy_link_returns_every_chunk<N: Network>() {
     for drop_receiver_first in [false, true] {
         let (mut a, mut b) = pair::<N>();
         let (arena_a, arena_b) = (Arena::new(40), Arena::new(40));
@@ -425,7 +425,7 @@ pub fn dropping_a_busy_link_returns_every_chunk<N: Network>() {
     }
 }
 
-pub fn an_idle_link_is_not_ready<N: Network>() {
+pub(crate) fn an_idle_link_is_not_ready<N: Network>() {
     let (mut a, mut b) = pair::<N>();
     settle(&mut a, &mut b);
     assert!(!a.is_ready() && !b.is_ready());
