@@ -35,7 +35,15 @@ pub fn hash_blocks(ram: &impl Audited) -> Result<Vec<u64>, RamError> {
     let pages = ram.pages_per_block();
     let hash = |(index, count): (usize, &u64)| {
         let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
-        hash_block(ram, PageRun { block, first: 0, count: *count }, &mut buffer)
+        hash_block(
+            ram,
+            PageRun {
+                block,
+                first: 0,
+                count: *count,
+            },
+            &mut buffer,
+        )
     };
     pages.iter().enumerate().map(hash).collect()
 }
@@ -49,7 +57,9 @@ fn hash_block(ram: &impl Audited, all: PageRun, buffer: &mut [u8]) -> Result<u64
         let end = data.first + data.count;
         let mut first = data.first;
         while first < end {
-            let count = usize::try_from(end - first).unwrap_or(usize::MAX).min(BATCH_PAGES);
+            let count = usize::try_from(end - first)
+                .unwrap_or(usize::MAX)
+                .min(BATCH_PAGES);
             let bytes = &mut buffer[..count * PAGE_BYTES];
             ram.copy_out(all.block, first, bytes)?;
             for (page, index) in bytes.chunks_exact(PAGE_BYTES).zip(first..) {
@@ -59,7 +69,11 @@ fn hash_block(ram: &impl Audited, all: PageRun, buffer: &mut [u8]) -> Result<u64
             }
             first += count as u64;
         }
-        rest = PageRun { block: all.block, first: end, count: all.count - end };
+        rest = PageRun {
+            block: all.block,
+            first: end,
+            count: all.count - end,
+        };
     }
     Ok(sum)
 }

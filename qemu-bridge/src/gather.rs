@@ -64,7 +64,9 @@ impl Cursor {
     }
 
     fn advance(&mut self, pages: u64) {
-        let Some(run) = self.runs.get_mut(self.next) else { return };
+        let Some(run) = self.runs.get_mut(self.next) else {
+            return;
+        };
         run.first += pages;
         run.count -= pages;
         if run.count == 0 {
@@ -86,7 +88,10 @@ pub fn fill(
         let run = if cursor.check_holes {
             let (holes, data) = split_holes(ram, cursor, run)?;
             if holes > 0 {
-                if !builder.push_zero(PageRun { count: holes, ..run }) {
+                if !builder.push_zero(PageRun {
+                    count: holes,
+                    ..run
+                }) {
                     return Ok(Progress::Full);
                 }
                 cursor.advance(holes);
@@ -96,15 +101,23 @@ pub fn fill(
         } else {
             run
         };
-        let want = usize::try_from(run.count).unwrap_or(usize::MAX).min(cursor.batch);
+        let want = usize::try_from(run.count)
+            .unwrap_or(usize::MAX)
+            .min(cursor.batch);
         let Some(room) = builder.next_pages(want) else {
             return Ok(Progress::Full);
         };
         ram.copy_out(run.block, run.first, room)?;
         let pages = room.len() / PAGE_BYTES;
         let zero = |page: &&[u8]| is_zero(page);
-        let filled = room.chunks_exact(PAGE_BYTES).take_while(|page| !zero(page)).count();
-        let zeros = room[filled * PAGE_BYTES..].chunks_exact(PAGE_BYTES).take_while(zero).count();
+        let filled = room
+            .chunks_exact(PAGE_BYTES)
+            .take_while(|page| !zero(page))
+            .count();
+        let zeros = room[filled * PAGE_BYTES..]
+            .chunks_exact(PAGE_BYTES)
+            .take_while(zero)
+            .count();
         // Mixed pages are copied again from the next one on; small steps keep that cheap.
         cursor.batch = if filled == pages || zeros == pages {
             (cursor.batch * 2).min(BATCH_PAGES)
@@ -117,7 +130,11 @@ pub fn fill(
         }
         if zeros > 0 {
             let first = run.first + filled as u64;
-            if !builder.push_zero(PageRun { block: run.block, first, count: zeros as u64 }) {
+            if !builder.push_zero(PageRun {
+                block: run.block,
+                first,
+                count: zeros as u64,
+            }) {
                 return Ok(Progress::Full);
             }
             cursor.advance(zeros as u64);
@@ -150,5 +167,6 @@ fn split_holes(
 
 /// Whether all bytes are zero; 64 at a time, which compiles to vector instructions.
 pub(crate) fn is_zero(page: &[u8]) -> bool {
-    page.chunks(64).all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
+    page.chunks(64)
+        .all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
 }

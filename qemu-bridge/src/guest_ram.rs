@@ -22,11 +22,24 @@ static ZEROS: [u8; 16 * PAGE_BYTES] = [0; 16 * PAGE_BYTES];
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     #[error("mapping RAM block {block} ({bytes} bytes) failed")]
-    Map { block: String, bytes: u64, source: io::Error },
+    Map {
+        block: String,
+        bytes: u64,
+        source: io::Error,
+    },
     #[error("{operation} {bytes} bytes at {address:#x} of QEMU's process {pid} failed")]
-    Remote { operation: &'static str, pid: i32, address: u64, bytes: usize, source: io::Error },
+    Remote {
+        operation: &'static str,
+        pid: i32,
+        address: u64,
+        bytes: usize,
+        source: io::Error,
+    },
     #[error("{operation} in the file of a RAM block failed")]
-    File { operation: &'static str, source: io::Error },
+    File {
+        operation: &'static str,
+        source: io::Error,
+    },
 }
 
 /// All RAM blocks of one QEMU, in the order of its shape.
@@ -60,11 +73,17 @@ impl GuestRam {
     /// A mapping fails: the message names the block.
     pub fn open(pid: i32, blocks: &[RamBlock]) -> Result<GuestRam, RamError> {
         let regions = blocks.iter().map(Region::open).collect::<Result<_, _>>()?;
-        Ok(GuestRam { pid: Pid::from_raw(pid), regions })
+        Ok(GuestRam {
+            pid: Pid::from_raw(pid),
+            regions,
+        })
     }
 
     pub fn pages_per_block(&self) -> Vec<u64> {
-        self.regions.iter().map(|r| r.bytes / PAGE_BYTES as u64).collect()
+        self.regions
+            .iter()
+            .map(|r| r.bytes / PAGE_BYTES as u64)
+            .collect()
     }
 
     pub fn bytes(&self) -> u64 {
@@ -111,7 +130,10 @@ impl GuestRam {
     fn region(&self, block: BlockId, first: u64, bytes: usize) -> &Region {
         let region = &self.regions[usize::from(block.0)];
         let end = first * PAGE_BYTES as u64 + bytes as u64;
-        assert!(end <= region.bytes, "page {first} and {bytes} bytes are outside of {block:?}");
+        assert!(
+            end <= region.bytes,
+            "page {first} and {bytes} bytes are outside of {block:?}"
+        );
         region
     }
 }
@@ -129,7 +151,11 @@ impl Region {
                 Some(SharedFile::map(&block.name, file, *offset, block.bytes)?)
             }
         };
-        Ok(Region { bytes: block.bytes, host_address: block.backing.host_address(), mapped })
+        Ok(Region {
+            bytes: block.bytes,
+            host_address: block.backing.host_address(),
+            mapped,
+        })
     }
 }
 
@@ -140,10 +166,17 @@ impl SharedFile {
         offset: u64,
         bytes: u64,
     ) -> Result<SharedFile, RamError> {
-        let failed = |source| RamError::Map { block: name.to_owned(), bytes, source };
+        let failed = |source| RamError::Map {
+            block: name.to_owned(),
+            bytes,
+            source,
+        };
         let length = usize::try_from(bytes).map_err(|e| failed(io::Error::other(e)))?;
-        let map =
-            MmapOptions::new().offset(offset).len(length).map_raw(&file).map_err(failed)?;
+        let map = MmapOptions::new()
+            .offset(offset)
+            .len(length)
+            .map_raw(&file)
+            .map_err(failed)?;
         Ok(SharedFile { map, file, offset })
     }
 
@@ -167,7 +200,10 @@ impl SharedFile {
     fn at(&self, offset: u64, bytes: usize) -> *mut u8 {
         let start = usize::try_from(offset).expect("an offset in a mapping fits a usize");
         let end = start.checked_add(bytes);
-        assert!(end.is_some_and(|end| end <= self.map.len()), "outside of the RAM block");
+        assert!(
+            end.is_some_and(|end| end <= self.map.len()),
+            "outside of the RAM block"
+        );
         // SAFETY: start + bytes <= len was just checked, so the result is inside the mapping or
         // one past its end.
         unsafe { self.map.as_mut_ptr().add(start) }
@@ -185,7 +221,11 @@ impl SharedFile {
         // tmpfs answers in whole pages, but a file's end may lie inside of one.
         let first = (data - self.offset) / page;
         let count = (hole - self.offset).div_ceil(page) - first;
-        Ok(Some(PageRun { block: run.block, first, count }))
+        Ok(Some(PageRun {
+            block: run.block,
+            first,
+            count,
+        }))
     }
 
     fn seek(&self, from: u64, whence: Whence) -> Result<Option<u64>, RamError> {
@@ -193,7 +233,10 @@ impl SharedFile {
         match lseek64(&self.file, from, whence) {
             Ok(at) => Ok(u64::try_from(at).ok()),
             Err(Errno::ENXIO) => Ok(None), // nothing but holes up to the end
-            Err(error) => Err(RamError::File { operation: "lseek", source: error.into() }),
+            Err(error) => Err(RamError::File {
+                operation: "lseek",
+                source: error.into(),
+            }),
         }
     }
 
@@ -204,10 +247,12 @@ impl SharedFile {
         let (at, length) = (convert(self.offset + offset), convert(bytes));
         // SAFETY: the descriptor is open as long as `self`, and fallocate takes no pointers.
         let result = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, at, length) };
-        Errno::result(result).map(drop).map_err(|error| RamError::File {
-            operation: "punching a hole",
-            source: error.into(),
-        })
+        Errno::result(result)
+            .map(drop)
+            .map_err(|error| RamError::File {
+                operation: "punching a hole",
+                source: error.into(),
+            })
     }
 }
 
@@ -236,7 +281,10 @@ pub(crate) fn zero_remote(pid: Pid, address: u64, bytes: u64) -> Result<(), RamE
 }
 
 fn remote_range(address: u64, len: usize) -> RemoteIoVec {
-    RemoteIoVec { base: usize::try_from(address).expect("x86-64 addresses fit"), len }
+    RemoteIoVec {
+        base: usize::try_from(address).expect("x86-64 addresses fit"),
+        len,
+    }
 }
 
 fn complete(
@@ -251,5 +299,11 @@ fn complete(
         Ok(done) => io::Error::other(format!("only {done} bytes")),
         Err(error) => error.into(),
     };
-    Err(RamError::Remote { operation, pid: pid.as_raw(), address, bytes, source })
+    Err(RamError::Remote {
+        operation,
+        pid: pid.as_raw(),
+        address,
+        bytes,
+        source,
+    })
 }

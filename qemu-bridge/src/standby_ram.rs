@@ -45,7 +45,10 @@ impl StandbyRam {
     }
 
     pub fn pages_per_block(&self) -> Vec<u64> {
-        self.regions.iter().map(|r| r.bytes / PAGE_BYTES as u64).collect()
+        self.regions
+            .iter()
+            .map(|r| r.bytes / PAGE_BYTES as u64)
+            .collect()
     }
 
     /// Writes a checked chunk into RAM. Pieces of the device state are appended to
@@ -88,7 +91,11 @@ impl StandbyRam {
                 zero_remote(self.pid, address + offset, bytes)?;
             }
             let end = data.first + data.count;
-            rest = PageRun { first: end, count: run.first + run.count - end, ..run };
+            rest = PageRun {
+                first: end,
+                count: run.first + run.count - end,
+                ..run
+            };
         }
         Ok(())
     }
@@ -112,7 +119,9 @@ impl StandbyRam {
     pub fn poke(&self, pid: i32, blocks: &[RamBlock]) -> Result<(), RamError> {
         let mut buffer = vec![0; POKE_BYTES];
         for (region, block) in self.regions.iter().zip(blocks) {
-            let Some(address) = private_address(block) else { continue };
+            let Some(address) = private_address(block) else {
+                continue;
+            };
             let mut offset = 0;
             while offset < region.bytes {
                 let step = (region.bytes - offset).min(POKE_BYTES as u64);
@@ -127,7 +136,11 @@ impl StandbyRam {
 
     /// Copies whole pages of the image out, for audits.
     pub fn copy_out(&self, block: BlockId, first: u64, out: &mut [u8]) {
-        let (region, offset) = self.locate(PageRun { block, first, count: 0 });
+        let (region, offset) = self.locate(PageRun {
+            block,
+            first,
+            count: 0,
+        });
         region.image.copy_out(offset, out);
     }
 
@@ -170,7 +183,11 @@ impl StandbyRegion {
         if let Some(address) = private_at {
             fill_image(pid, address, block.bytes, &image)?;
         }
-        Ok(StandbyRegion { bytes: block.bytes, image, private_at })
+        Ok(StandbyRegion {
+            bytes: block.bytes,
+            image,
+            private_at,
+        })
     }
 }
 

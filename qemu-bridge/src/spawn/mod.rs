@@ -1,12 +1,14 @@
 //! Starting a QEMU with the options that protection needs, and holding on to its process.
 
 mod command;
+mod cut_off;
 mod options;
 mod process;
 
 pub use command::{
     Added, CommandError, OLDEST_QEMU, Prepared, QemuVersion, RamSource, Role, prepare, shell_quote,
 };
+pub use cut_off::cut_off;
 pub use options::{Keys, QemuOption, parse_options};
 pub(crate) use process::kill_by_pidfd;
 pub use process::{GuestOutput, ProcessError, QemuProcess, SpawnOptions};

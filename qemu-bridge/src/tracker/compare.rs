@@ -35,7 +35,10 @@ impl CompareTracker {
             })
         };
         let shadows = ram.host_ranges().map(shadow).collect::<Result<_, _>>()?;
-        Ok(CompareTracker { shadows, buffer: vec![0; BATCH_PAGES * PAGE_BYTES] })
+        Ok(CompareTracker {
+            shadows,
+            buffer: vec![0; BATCH_PAGES * PAGE_BYTES],
+        })
     }
 
     /// Calls `differs` for each page that isn't as in the shadow, and makes it so.
@@ -47,7 +50,11 @@ impl CompareTracker {
         for (index, shadow) in self.shadows.iter_mut().enumerate() {
             let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
             let pages = (shadow.len() / PAGE_BYTES) as u64;
-            let mut rest = PageRun { block, first: 0, count: pages };
+            let mut rest = PageRun {
+                block,
+                first: 0,
+                count: pages,
+            };
             // A hole can't have been written: writing would have filled it.
             while rest.count > 0
                 && let Some(data) = ram.next_data(rest)?
@@ -57,7 +64,11 @@ impl CompareTracker {
                 let shadow = &mut shadow[first * PAGE_BYTES..(first + count) * PAGE_BYTES];
                 compare(ram, data, shadow, &mut self.buffer, &mut differs)?;
                 let end = data.first + data.count;
-                rest = PageRun { block, first: end, count: pages - end };
+                rest = PageRun {
+                    block,
+                    first: end,
+                    count: pages - end,
+                };
             }
         }
         Ok(())
@@ -104,11 +115,17 @@ fn compare(
     for part in shadow.chunks_mut(BATCH_PAGES * PAGE_BYTES) {
         let now = &mut buffer[..part.len()];
         ram.copy_out(data.block, first, now)?;
-        let pages = part.chunks_exact_mut(PAGE_BYTES).zip(now.chunks_exact(PAGE_BYTES));
+        let pages = part
+            .chunks_exact_mut(PAGE_BYTES)
+            .zip(now.chunks_exact(PAGE_BYTES));
         for (old, new) in pages {
             if old != new {
                 old.copy_from_slice(new);
-                differs(PageRun { block: data.block, first, count: 1 });
+                differs(PageRun {
+                    block: data.block,
+                    first,
+                    count: 1,
+                });
             }
             first += 1;
         }

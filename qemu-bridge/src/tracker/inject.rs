@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::ptrace;
-use nix::sys::signal::{SigSet, Signal, SigmaskHow, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
@@ -40,8 +40,15 @@ const UFFD_USER_MODE_ONLY: u64 = 1;
 pub(super) fn make_userfaultfd(pid: i32) -> Result<OwnedFd, TrackerError> {
     let pid = Pid::from_raw(pid);
     let failed = |operation: &'static str, error: Errno| match error {
-        Errno::EPERM => TrackerError::NotPermitted { operation, pid: pid.as_raw() },
-        error => TrackerError::Inject { operation, pid: pid.as_raw(), source: error.into() },
+        Errno::EPERM => TrackerError::NotPermitted {
+            operation,
+            pid: pid.as_raw(),
+        },
+        error => TrackerError::Inject {
+            operation,
+            pid: pid.as_raw(),
+            source: error.into(),
+        },
     };
     let instruction = find_syscall(pid).map_err(|source| TrackerError::Inject {
         operation: "finding a syscall instruction",
@@ -57,13 +64,17 @@ pub(super) fn make_userfaultfd(pid: i32) -> Result<OwnedFd, TrackerError> {
     let theirs = match made.map_err(|e| failed("making a userfaultfd in", e))? {
         Ok(fd) => fd,
         Err(Errno::EINVAL | Errno::ENOSYS) => {
-            return Err(TrackerError::KernelTooOld { release: kernel_release() });
+            return Err(TrackerError::KernelTooOld {
+                release: kernel_release(),
+            });
         }
         Err(error) => return Err(failed("making a userfaultfd in", error)),
     };
     let ours = pidfd_getfd(&pidfd, theirs);
     let closed = stopped.call(libc::SYS_close, theirs);
-    closed.map_err(|e| failed("closing the userfaultfd in", e))?.map_err(|e| failed("closing", e))?;
+    closed
+        .map_err(|e| failed("closing the userfaultfd in", e))?
+        .map_err(|e| failed("closing", e))?;
     ours.map_err(|e| failed("taking the userfaultfd from", e))
 }
 
@@ -89,7 +100,12 @@ impl Stopped {
             .inspect_err(|_| {
                 let _ = ptrace::detach(pid, None);
             })?;
-        Ok(Stopped { pid, instruction, registers, held_back })
+        Ok(Stopped {
+            pid,
+            instruction,
+            registers,
+            held_back,
+        })
     }
 
     /// One system call with one argument. The outer error is ours, the inner one the call's.
@@ -126,7 +142,12 @@ impl Drop for Stopped {
         for signal in &self.held_back {
             // SAFETY: tgkill takes numbers only. The main thread's id is the process's.
             unsafe {
-                libc::syscall(libc::SYS_tgkill, self.pid.as_raw(), self.pid.as_raw(), *signal as i32)
+                libc::syscall(
+                    libc::SYS_tgkill,
+                    self.pid.as_raw(),
+                    self.pid.as_raw(),
+                    *signal as i32,
+                )
             };
         }
         let _ = ptrace::detach(self.pid, None);
@@ -163,7 +184,11 @@ impl BlockedSignals {
     fn new() -> BlockedSignals {
         let mut before = SigSet::empty();
         // Can't fail with valid arguments; if it did, only the window would be wider.
-        let _ = sigprocmask(SigmaskHow::SIG_BLOCK, Some(&SigSet::all()), Some(&mut before));
+        let _ = sigprocmask(
+            SigmaskHow::SIG_BLOCK,
+            Some(&SigSet::all()),
+            Some(&mut before),
+        );
         BlockedSignals { before }
     }
 }
@@ -178,15 +203,23 @@ impl Drop for BlockedSignals {
 fn find_syscall(pid: Pid) -> io::Result<u64> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let memory = File::open(format!("/proc/{pid}/mem"))?;
-    for line in maps.lines().filter(|l| l.contains("/libc") || l.contains("[vdso]")) {
+    for line in maps
+        .lines()
+        .filter(|l| l.contains("/libc") || l.contains("[vdso]"))
+    {
         let mut fields = line.split_ascii_whitespace();
-        let (Some(range), Some(access)) = (fields.next(), fields.next()) else { continue };
+        let (Some(range), Some(access)) = (fields.next(), fields.next()) else {
+            continue;
+        };
         let Some((start, end)) = parse_range(range).filter(|_| access.contains('x')) else {
             continue;
         };
         let mut code = vec![0; usize::try_from(end - start).map_err(io::Error::other)?];
         let read = memory.read_at(&mut code, start)?;
-        if let Some(at) = code[..read].windows(SYSCALL.len()).position(|w| w == SYSCALL) {
+        if let Some(at) = code[..read]
+            .windows(SYSCALL.len())
+            .position(|w| w == SYSCALL)
+        {
             return Ok(start + at as u64);
         }
     }
@@ -195,7 +228,10 @@ fn find_syscall(pid: Pid) -> io::Result<u64> {
 
 fn parse_range(range: &str) -> Option<(u64, u64)> {
     let (start, end) = range.split_once('-')?;
-    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+    Some((
+        u64::from_str_radix(start, 16).ok()?,
+        u64::from_str_radix(end, 16).ok()?,
+    ))
 }
 
 fn pidfd_open(pid: Pid) -> nix::Result<OwnedFd> {

@@ -39,8 +39,12 @@ pub trait Tracker: Send + std::fmt::Debug {
     ///
     /// # Errors
     /// QEMU's memory can't be written.
-    fn touch(&mut self, ram: &GuestRam, block: ft_core::BlockId, page: u64)
-    -> Result<(), TrackerError>;
+    fn touch(
+        &mut self,
+        ram: &GuestRam,
+        block: ft_core::BlockId,
+        page: u64,
+    ) -> Result<(), TrackerError>;
 }
 
 /// What a collection found.
@@ -54,9 +58,7 @@ pub struct Collected {
 pub enum TrackerError {
     #[error(transparent)]
     Ram(#[from] RamError),
-    #[error(
-        "the uffd tracker needs Linux 6.7 or newer, this is {release}: use --tracker compare"
-    )]
+    #[error("the uffd tracker needs Linux 6.7 or newer, this is {release}: use --tracker compare")]
     KernelTooOld { release: String },
     #[error(
         "{operation} QEMU's process {pid} is not permitted: run as root, or give CAP_SYS_PTRACE \
@@ -64,14 +66,23 @@ pub enum TrackerError {
     )]
     NotPermitted { operation: &'static str, pid: i32 },
     #[error("{operation} on QEMU's process {pid} failed")]
-    Inject { operation: &'static str, pid: i32, source: io::Error },
+    Inject {
+        operation: &'static str,
+        pid: i32,
+        source: io::Error,
+    },
     #[error(
         "RAM at {address:#x} is watched by another userfaultfd (QEMU's own postcopy, or another \
          tracker): end that, or use --tracker compare"
     )]
     Busy { address: u64 },
     #[error("{operation} for {bytes} bytes at {address:#x} of QEMU failed")]
-    Kernel { operation: &'static str, address: u64, bytes: u64, source: io::Error },
+    Kernel {
+        operation: &'static str,
+        address: u64,
+        bytes: u64,
+        source: io::Error,
+    },
     #[error("the {tracker} tracker does not see writes: {what}; use the other --tracker")]
     Blind { tracker: &'static str, what: String },
 }
@@ -97,7 +108,10 @@ pub fn choose(
         return Ok((Box::new(CompareTracker::new(ram)?), said));
     }
     match UffdTracker::attach(ram) {
-        Ok(tracker) => Ok((Box::new(tracker), "tracker uffd: the kernel reports writes".into())),
+        Ok(tracker) => Ok((
+            Box::new(tracker),
+            "tracker uffd: the kernel reports writes".into(),
+        )),
         Err(error) if choice == TrackerChoice::Auto => {
             let said = format!("tracker compare, which costs more, because: {error}");
             Ok((Box::new(CompareTracker::new(ram)?), said))

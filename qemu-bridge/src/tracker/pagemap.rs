@@ -62,7 +62,11 @@ pub(super) fn scan(
 ) -> nix::Result<(usize, u64)> {
     // An empty vector makes kernels before late 2025 panic.
     assert!(!regions.is_empty(), "a scan needs room for its answer");
-    let arm = if mode == Mode::Arm { PM_SCAN_WP_MATCHING } else { 0 };
+    let arm = if mode == Mode::Arm {
+        PM_SCAN_WP_MATCHING
+    } else {
+        0
+    };
     let mut argument = ScanArgument {
         size: size_of::<ScanArgument>() as u64,
         flags: arm | PM_SCAN_CHECK_WPASYNC,

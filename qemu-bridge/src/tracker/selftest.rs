@@ -21,7 +21,10 @@ pub fn self_test(tracker: &mut dyn Tracker, ram: &GuestRam) -> Result<(), Tracke
         what,
     };
     if let Some(run) = dirty.runs().next() {
-        return Err(blind(tracker, format!("{run:?} was reported though nobody wrote")));
+        return Err(blind(
+            tracker,
+            format!("{run:?} was reported though nobody wrote"),
+        ));
     }
     let probes = probes(&pages, ram)?;
     for &(block, page) in &probes {
@@ -30,13 +33,19 @@ pub fn self_test(tracker: &mut dyn Tracker, ram: &GuestRam) -> Result<(), Tracke
     tracker.collect(ram, &mut dirty)?;
     for &(block, page) in &probes {
         if !dirty.contains(block, page) {
-            return Err(blind(tracker, format!("a write to page {page} of {block:?} was not seen")));
+            return Err(blind(
+                tracker,
+                format!("a write to page {page} of {block:?} was not seen"),
+            ));
         }
     }
     let expected = probes.len() as u64;
     if dirty.count() != expected {
         let found = dirty.count();
-        return Err(blind(tracker, format!("{expected} writes were made and {found} reported")));
+        return Err(blind(
+            tracker,
+            format!("{expected} writes were made and {found} reported"),
+        ));
     }
     Ok(())
 }
@@ -46,7 +55,11 @@ fn probes(pages: &[u64], ram: &GuestRam) -> Result<Vec<(BlockId, u64)>, TrackerE
     let mut probes = Vec::new();
     for (index, &count) in pages.iter().enumerate() {
         let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
-        if let Some(data) = ram.next_data(PageRun { block, first: 0, count })? {
+        if let Some(data) = ram.next_data(PageRun {
+            block,
+            first: 0,
+            count,
+        })? {
             probes.push((block, data.first));
             let last = data.first + data.count - 1;
             if last != data.first {

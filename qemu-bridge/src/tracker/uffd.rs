@@ -102,26 +102,46 @@ impl Tracker for UffdTracker {
 
     fn arm_all(&mut self, _ram: &GuestRam) -> Result<(), TrackerError> {
         for &(start, len) in &self.ranges {
-            walk(&self.pagemap, Mode::Arm, start, start + len, &mut self.armed, |_| {})?;
+            walk(
+                &self.pagemap,
+                Mode::Arm,
+                start,
+                start + len,
+                &mut self.armed,
+                |_| {},
+            )?;
         }
         Ok(())
     }
 
     fn collect(&mut self, _ram: &GuestRam, into: &mut DirtySet) -> Result<Collected, TrackerError> {
         let mut collected = Collected::default();
-        let UffdTracker { pagemap, ranges, written, armed, .. } = self;
+        let UffdTracker {
+            pagemap,
+            ranges,
+            written,
+            armed,
+            ..
+        } = self;
         for (index, &(start, len)) in ranges.iter().enumerate() {
             let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
             let mut note = |region: &PageRegion| into.set(run_of(block, start, region));
-            walk(pagemap, Mode::Look, start, start + len, written, |regions| {
-                collected.regions += regions.len() as u64;
-                for region in regions {
-                    note(region);
-                }
-                // What a running guest writes between the look and the arming is reported by
-                // the arming, which is atomic: so both answers count.
-                arm(pagemap, regions, armed, &mut note)
-            })?;
+            walk(
+                pagemap,
+                Mode::Look,
+                start,
+                start + len,
+                written,
+                |regions| {
+                    collected.regions += regions.len() as u64;
+                    for region in regions {
+                        note(region);
+                    }
+                    // What a running guest writes between the look and the arming is reported by
+                    // the arming, which is atomic: so both answers count.
+                    arm(pagemap, regions, armed, &mut note)
+                },
+            )?;
         }
         Ok(collected)
     }
@@ -191,11 +211,16 @@ fn arm(
     while let Some(first) = rest.first() {
         let mut end = first.end;
         let mut taken = 1;
-        while let Some(next) = rest.get(taken).filter(|next| next.start - end <= ARM_GAP_BYTES) {
+        while let Some(next) = rest
+            .get(taken)
+            .filter(|next| next.start - end <= ARM_GAP_BYTES)
+        {
             end = next.end;
             taken += 1;
         }
-        walk(pagemap, Mode::Arm, first.start, end, armed, |regions| regions.iter().for_each(&mut *note))?;
+        walk(pagemap, Mode::Arm, first.start, end, armed, |regions| {
+            regions.iter().for_each(&mut *note)
+        })?;
         rest = &rest[taken..];
     }
     Ok(())
@@ -204,7 +229,11 @@ fn arm(
 fn run_of(block: BlockId, start: u64, region: &PageRegion) -> PageRun {
     let page = PAGE_BYTES as u64;
     let count = (region.end - region.start) / page;
-    PageRun { block, first: (region.start - start) / page, count }
+    PageRun {
+        block,
+        first: (region.start - start) / page,
+        count,
+    }
 }
 
 fn enable(uffd: &OwnedFd) -> Result<(), TrackerError> {
@@ -221,13 +250,20 @@ fn enable(uffd: &OwnedFd) -> Result<(), TrackerError> {
     let result = unsafe { uffdio_api(uffd.as_raw_fd(), &raw mut api) };
     match result {
         Ok(_) => Ok(()),
-        Err(Errno::EINVAL) => Err(TrackerError::KernelTooOld { release: kernel_release() }),
+        Err(Errno::EINVAL) => Err(TrackerError::KernelTooOld {
+            release: kernel_release(),
+        }),
         Err(error) => Err(kernel_error("UFFDIO_API", 0, 0, error)),
     }
 }
 
 fn register(uffd: &OwnedFd, start: u64, len: u64) -> Result<(), TrackerError> {
-    let mut argument = UffdioRegister { start, len, mode: REGISTER_MODE_WP, ioctls: 0 };
+    let mut argument = UffdioRegister {
+        start,
+        len,
+        mode: REGISTER_MODE_WP,
+        ioctls: 0,
+    };
     // SAFETY: as for UFFDIO_API. The range is QEMU's, not ours: registering it changes no memory
     // of this process.
     let result = unsafe { uffdio_register(uffd.as_raw_fd(), &raw mut argument) };
@@ -239,10 +275,17 @@ fn register(uffd: &OwnedFd, start: u64, len: u64) -> Result<(), TrackerError> {
 }
 
 fn kernel_error(operation: &'static str, address: u64, bytes: u64, error: Errno) -> TrackerError {
-    TrackerError::Kernel { operation, address, bytes, source: io::Error::from(error) }
+    TrackerError::Kernel {
+        operation,
+        address,
+        bytes,
+        source: io::Error::from(error),
+    }
 }
 
 pub(super) fn kernel_release() -> String {
-    nix::sys::utsname::uname()
-        .map_or_else(|_| "unknown".to_owned(), |name| name.release().to_string_lossy().into_owned())
+    nix::sys::utsname::uname().map_or_else(
+        |_| "unknown".to_owned(),
+        |name| name.release().to_string_lossy().into_owned(),
+    )
 }

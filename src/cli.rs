@@ -1,0 +1,379 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+
+use crate::exit;
+
+const ABOUT: &str = "Keeps a QEMU virtual machine alive through the death of its host";
+
+const LONG_ABOUT: &str = "\
+Keeps a QEMU virtual machine alive through the death of its host.
+
+One daemon runs beside the guest (the primary), one on another host (the backup). Many times a \
+second the primary stops the guest for a moment, takes what has changed, lets it run on, and sends \
+the change to the backup. When the primary dies, the backup starts the guest from the last epoch \
+that it has acknowledged.";
+
+const EXAMPLES: &str = "\
+Examples:
+  The backup first or second, as you like; both with the same guest-visible options:
+    curling-rdma --mode backup  --listen 127.0.0.1:7070 -- qemu-system-x86_64 -m 512 ...
+    curling-rdma --mode primary --peer   127.0.0.1:7070 -- qemu-system-x86_64 -m 512 ...
+
+  A guest that is already running (its QEMU has a QMP socket):
+    curling-rdma --mode primary --peer 127.0.0.1:7070 --vm-id web --qmp /run/web.qmp
+
+  What would be run, and whether it can be protected:
+    curling-rdma --mode primary --peer 127.0.0.1:7070 --dry-run -- qemu-system-x86_64 ...
+
+  Is it protected? How far is the backup behind?
+    curling-rdma status
+
+  Move the guest to the backup on purpose, or stop protecting it:
+    curling-rdma switchover
+    curling-rdma detach
+
+The defaults:
+  An epoch begins every 20 ms: what the guest did in the last one is what a failover may repeat.
+  A primary that hears nothing for 1000 ms stops its guest for good, and the backup starts it a
+  little later: the network may be silent for that long without harm. A process that is killed is
+  noticed at once.
+  If the backup falls silent without proof of its death, the guest stops (--on-backup-loss pause):
+  never two copies. Until the output gate is built, a cut-off primary can still speak to the outside
+  for up to --failover-after-ms.
+
+Configuration file: the same names without the dashes, TOML; the command line wins.
+    mode = \"primary\"
+    peer = \"127.0.0.1:7070\"
+    epoch-ms = 10
+    qemu = [\"qemu-system-x86_64\", \"-m\", \"512\"]
+";
+
+/// What the program was called with.
+#[derive(Debug, Parser)]
+#[command(
+    name = "curling-rdma",
+    version,
+    about = ABOUT,
+    long_about = LONG_ABOUT,
+    after_help = "`--help` shows examples, what the defaults mean, and the exit codes.",
+    after_long_help = format!("{EXAMPLES}\n{}", exit::TABLE),
+    args_conflicts_with_subcommands = true,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Operation>,
+    #[command(flatten)]
+    pub(crate) daemon: DaemonArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DaemonArgs {
+    /// Read options from this file (TOML); the command line wins.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Only show the QEMU command line that would be run, and refuse what can't be protected.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) options: Options,
+}
+
+/// Options that a configuration file can have too, by the same names.
+#[derive(Clone, Debug, Default, PartialEq, Args, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(crate) struct Options {
+    /// Which side this is: beside the guest, or waiting to take over.
+    #[arg(long, value_enum)]
+    pub(crate) mode: Option<ModeName>,
+    /// Backup: where the primary may connect.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) listen: Option<String>,
+    /// Primary: where the backup listens. It may start later.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) peer: Option<String>,
+    /// Use the QEMU that has this QMP socket, instead of starting one.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) qmp: Option<PathBuf>,
+    /// That QEMU's process id, if something sits between it and the socket [default: whoever
+    /// made the socket].
+    #[arg(long, value_name = "PID")]
+    pub(crate) qemu_pid: Option<i32>,
+    /// The VM's name, the same on both sides [default: QEMU's -name, else `vm`].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm_id: Option<String>,
+
+    /// Primary: milliseconds from one epoch to the next [default: 20].
+    #[arg(long, value_name = "MS")]
+    pub(crate) epoch_ms: Option<u64>,
+    /// Primary: milliseconds between heartbeats [default: 50].
+    #[arg(long, value_name = "MS")]
+    pub(crate) heartbeat_ms: Option<u64>,
+    /// Primary: milliseconds of silence after which it stops its guest, and the backup takes over
+    /// [default: 1000].
+    #[arg(long, value_name = "MS")]
+    pub(crate) failover_after_ms: Option<u64>,
+    /// Primary: what the guest does when the backup falls silent, which proves nothing [default:
+    /// pause].
+    #[arg(long, value_enum)]
+    pub(crate) on_backup_loss: Option<OnBackupLossName>,
+    /// Primary: milliseconds that the backup may be late before the guest waits for it [default:
+    /// 2000].
+    #[arg(long, value_name = "MS")]
+    pub(crate) max_unacked_ms: Option<u64>,
+    /// Primary: how writes to guest RAM are seen. `uffd` needs Linux 6.7 and ptrace, `compare`
+    /// needs nothing and reads all of RAM in each epoch [default: auto].
+    #[arg(long, value_enum)]
+    pub(crate) tracker: Option<TrackerName>,
+    /// Primary: at every Nth boundary hash all of RAM and compare it with the backup's; 0 is never
+    /// [default: 0].
+    #[arg(long, value_name = "N")]
+    pub(crate) audit_every: Option<u64>,
+    /// What carries the epochs; `auto` is tcp in this build [default: auto].
+    #[arg(long, value_enum)]
+    pub(crate) transport: Option<TransportName>,
+
+    /// Append one JSON object per event (docs/events.md). It never stops protection.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) events: Option<PathBuf>,
+    /// Where the daemon remembers its term [default: /var/lib/curling-rdma; for users
+    /// $XDG_STATE_HOME/curling-rdma].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// The socket for `status`, `detach`, … [default: <VM-ID>-<MODE>.sock in
+    /// /run/curling-rdma; for users in $XDG_RUNTIME_DIR/curling-rdma].
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
+    /// Allow an address that is not loopback. Peers are not authenticated and nothing is encrypted
+    /// yet: whoever reaches the port can read and replace the guest's memory.
+    #[arg(long)]
+    pub(crate) allow_unauthenticated: bool,
+    /// Protect a guest with writable disks. Their contents are not replicated: after a failover
+    /// the guest finds on them whatever the backup host has there.
+    #[arg(long)]
+    pub(crate) allow_unreplicated_disks: bool,
+
+    /// The QEMU to start, after `--`.
+    #[arg(last = true, value_name = "QEMU COMMAND LINE")]
+    pub(crate) qemu: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ModeName {
+    Primary,
+    Backup,
+}
+
+impl ModeName {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            ModeName::Primary => "primary",
+            ModeName::Backup => "backup",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnBackupLossName {
+    /// The guest stops when the lease ends: never two copies.
+    Pause,
+    /// It runs on: a backup that is only cut off may run a second copy.
+    Continue,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum TrackerName {
+    Auto,
+    Uffd,
+    Compare,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum TransportName {
+    Auto,
+    Tcp,
+    Rdma,
+}
+
+/// What an operator asks of a daemon that runs on this host.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Operation {
+    /// Is the guest protected, since when, and how far is the backup behind?
+    ///
+    /// Ends with 0 if every VM found is protected, 1 if one is not, 3 if no daemon answers.
+    Status {
+        /// One JSON object per daemon, as the daemon gave it.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Stop protecting: the guest runs on, its QEMU is as it was. A backup stands down.
+    Detach {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Move the guest to the backup: last epoch, start there, end here.
+    Switchover {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Let the guest run on without the backup. Only if you know that the backup doesn't run it.
+    Continue {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Will it fail over? A throw-away QEMU on the backup loads the last epoch.
+    Rehearse {
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// Which daemon is meant.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Target {
+    /// The daemon's control socket.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["vm_id", "mode"])]
+    pub(crate) control: Option<PathBuf>,
+    /// The VM's name, if several are protected on this host.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm_id: Option<String>,
+    /// Which side, if both run on this host [default: the primary; for `status` both].
+    #[arg(long, value_enum)]
+    pub(crate) mode: Option<ModeName>,
+}
+
+impl Options {
+    /// The names that a configuration file may use.
+    pub(crate) fn names() -> Vec<String> {
+        let command = Options::augment_args(clap::Command::new("options"));
+        let long = |argument: &clap::Arg| match argument.get_long() {
+            Some(name) => name.to_owned(),
+            None => argument.get_id().to_string(),
+        };
+        command.get_arguments().map(long).collect()
+    }
+
+    /// These, and from `file` what they leave open.
+    pub(crate) fn or(self, file: Options) -> Options {
+        Options {
+            mode: self.mode.or(file.mode),
+            listen: self.listen.or(file.listen),
+            peer: self.peer.or(file.peer),
+            vm_id: self.vm_id.or(file.vm_id),
+            epoch_ms: self.epoch_ms.or(file.epoch_ms),
+            heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),
+            failover_after_ms: self.failover_after_ms.or(file.failover_after_ms),
+            on_backup_loss: self.on_backup_loss.or(file.on_backup_loss),
+            max_unacked_ms: self.max_unacked_ms.or(file.max_unacked_ms),
+            tracker: self.tracker.or(file.tracker),
+            audit_every: self.audit_every.or(file.audit_every),
+            transport: self.transport.or(file.transport),
+            events: self.events.or(file.events),
+            state_dir: self.state_dir.or(file.state_dir),
+            control: self.control.or(file.control),
+            allow_unauthenticated: self.allow_unauthenticated || file.allow_unauthenticated,
+            allow_unreplicated_disks: self.allow_unreplicated_disks
+                || file.allow_unreplicated_disks,
+            // Where QEMU comes from is one decision: a socket here overrules a line there.
+            ..if self.qmp.is_some() || !self.qemu.is_empty() {
+                Options { qmp: self.qmp, qemu: self.qemu, qemu_pid: self.qemu_pid, ..file_rest() }
+            } else {
+                let qemu_pid = self.qemu_pid.or(file.qemu_pid);
+                Options { qmp: file.qmp, qemu: file.qemu, qemu_pid, ..file_rest() }
+            }
+        }
+    }
+}
+
+fn file_rest() -> Options {
+    Options::default()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn clap_finds_nothing_wrong_with_the_definitions() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn lines_are_understood() {
+        let cli = parse("x --mode primary --peer 127.0.0.1:7 --epoch-ms 5 -- qemu -m 512").unwrap();
+        let options = cli.daemon.options;
+        assert_eq!(options.mode, Some(ModeName::Primary));
+        assert_eq!(options.peer.as_deref(), Some("127.0.0.1:7"));
+        assert_eq!(options.epoch_ms, Some(5));
+        assert_eq!(options.qemu, ["qemu", "-m", "512"]);
+        assert!(cli.command.is_none());
+
+        let cli = parse("x status --json --vm-id web").unwrap();
+        let Some(Operation::Status { json: true, target }) = cli.command else { panic!() };
+        assert_eq!(target.vm_id.as_deref(), Some("web"));
+
+        for name in ["detach", "switchover", "continue", "rehearse"] {
+            parse(&format!("x {name} --control /tmp/s")).unwrap();
+            parse(&format!("x {name} --vm-id web --mode backup")).unwrap();
+        }
+    }
+
+    #[test]
+    fn wrong_lines_are_refused_with_code_2() {
+        let wrong = [
+            "x --mode sideways",
+            "x --epoch-ms five",
+            "x --epoch-ms -1",
+            "x --on-backup-loss panic",
+            "x --tracker guess",
+            "x --transport carrier-pigeon",
+            "x --no-such-option",
+            "x status --control /tmp/s --vm-id web",
+            "x --mode primary status",
+            "x fly",
+            "x qemu-system-x86_64",
+        ];
+        for line in wrong {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn help_teaches() {
+        let help = Cli::command().render_long_help().to_string();
+        let words = ["Examples:", "Exit codes:", "--on-backup-loss", "status", "Configuration file"];
+        for word in words {
+            assert!(help.contains(word), "{word}");
+        }
+    }
+
+    #[test]
+    fn a_file_has_the_same_names_as_the_command_line() {
+        let names = Options::names();
+        assert!(names.contains(&"failover-after-ms".to_owned()));
+        assert!(names.contains(&"qemu".to_owned()));
+        assert!(!names.contains(&"config".to_owned()));
+        for name in names {
+            // Every name is known to the file's parser: the value is what it complains about.
+            let error = toml::from_str::<Options>(&format!("{name} = 1979-05-27")).unwrap_err();
+            assert!(!error.to_string().contains("unknown field"), "{name}: {error}");
+        }
+    }
+}

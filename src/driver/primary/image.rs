@@ -1,0 +1,81 @@
+//! An epoch image while it is made: its chunks are numbered and summed up for the trailer.
+
+use ft_core::image::{AuditDigest, ChunkBuilder, ChunkHead, EpochDigest, Sealed, Trailer};
+use ft_core::types::PAGE_BYTES;
+use ft_core::wire::Frame;
+use ft_core::{Epoch, EpochKind, RunState};
+use transport::ChunkMut;
+
+use super::work::{Done, Job};
+use crate::driver::worker::Desk;
+
+/// What ends an epoch beside its device state.
+#[derive(Debug)]
+pub(super) struct Ending {
+    pub(super) base: Epoch,
+    pub(super) run_state: RunState,
+    pub(super) audit: Option<AuditDigest>,
+}
+
+#[derive(Debug)]
+pub(super) struct EpochImage {
+    frame: Frame,
+    kind: EpochKind,
+    index: u32,
+    data_pages: u64,
+    zero_pages: u64,
+    digest: EpochDigest,
+}
+
+/// Bytes of room that a chunk needs to take device state of this length and the trailer.
+pub(super) fn room_for_end(device_bytes: usize) -> usize {
+    device_bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES
+}
+
+impl EpochImage {
+    pub(super) fn new(frame: Frame, kind: EpochKind) -> EpochImage {
+        let digest = EpochDigest::default();
+        EpochImage { frame, kind, index: 0, data_pages: 0, zero_pages: 0, digest }
+    }
+
+    /// Of the chunk that comes next.
+    pub(super) fn head(&self) -> ChunkHead {
+        ChunkHead { frame: self.frame, kind: self.kind, index: self.index }
+    }
+
+    pub(super) fn chunks(&self) -> usize {
+        self.index as usize
+    }
+
+    /// Puts the trailer into the last chunk. There must be room for it.
+    pub(super) fn end(&self, mut builder: ChunkBuilder<'_>, end: &Ending, device_bytes: usize) -> Sealed {
+        let fits = builder.push_trailer(&Trailer {
+            chunks: self.index + 1,
+            data_pages: self.data_pages + u64::from(builder.data_pages()),
+            zero_pages: self.zero_pages + builder.zero_pages(),
+            device_bytes: device_bytes as u64,
+            run_state: end.run_state,
+            base: end.base,
+            digest: self.digest.value(),
+            audit: end.audit.clone(),
+        });
+        assert!(fits, "room for the trailer was left");
+        builder.seal(true)
+    }
+
+    /// Hands a sealed chunk to the driver.
+    pub(super) fn report(
+        &mut self,
+        desk: &Desk<Job, Done>,
+        memory: ChunkMut,
+        sealed: &Sealed,
+        last: bool,
+    ) {
+        self.data_pages += u64::from(sealed.data_pages);
+        self.zero_pages += sealed.zero_pages;
+        self.digest.push(sealed.body_crc);
+        let chunk = memory.freeze(sealed.used_bytes);
+        desk.report(Done::Chunk { index: self.index, last, chunk });
+        self.index += 1;
+    }
+}

@@ -1,0 +1,331 @@
+//! The guest's QEMU as the primary's loop sees it: commands go out, replies become inputs.
+
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use anyhow::Context;
+use ft_core::Micros;
+use ft_core::primary::{QemuEvent, Step};
+use qemu_bridge::device_state::StateSink;
+use qemu_bridge::qmp::{Command, Incoming, Qmp, RequestId};
+use qemu_bridge::shape::{Finding, ShapeWatch};
+use qemu_bridge::spawn::QemuProcess;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::work::{Done, Job};
+use crate::driver::clock;
+use crate::driver::proof::HeldProofs;
+use crate::driver::worker::Worker;
+
+/// How often shape, run state and migration blockers are looked at.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+/// If a boundary is under way then.
+const WATCH_RETRY: Duration = Duration::from_millis(7);
+/// A QEMU that has not stopped by then is frozen by the kernel: the backup counts on it.
+const FENCE_PATIENCE: Duration = Duration::from_millis(40);
+/// For the last commands, when the loop is over.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What QEMU has to say to the machine.
+#[derive(Debug)]
+pub(super) enum QemuInput {
+    Paused,
+    Saved { bytes: u64 },
+    Resumed,
+    Failed { step: Step, text: String },
+    Event(QemuEvent),
+    ShapeChanged(String),
+    ProofHeld(Result<(), String>),
+}
+
+/// What a reply belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Pause,
+    Save,
+    Resume,
+    Fence,
+    HoldProof,
+    /// Its failure is worth a line, nothing more.
+    Other(&'static str),
+}
+
+pub(crate) struct Qemu {
+    qmp: Qmp,
+    process: QemuProcess,
+    sink: StateSink,
+    watch: ShapeWatch,
+    batch: Vec<(Command, Purpose)>,
+    pending: HashMap<RequestId, Purpose>,
+    saved_bytes: u64,
+    proofs: HeldProofs,
+    next_watch: Micros,
+    fence_until: Option<Micros>,
+    frozen: bool,
+    shut_down: bool,
+    gone: bool,
+    /// Do not leave the guest to itself at the end: it has ended, or must.
+    ended: bool,
+}
+
+impl Qemu {
+    pub(crate) fn new(qmp: Qmp, process: QemuProcess, sink: StateSink, watch: ShapeWatch) -> Qemu {
+        Qemu {
+            qmp,
+            process,
+            sink,
+            watch,
+            batch: Vec::new(),
+            pending: HashMap::new(),
+            saved_bytes: 0,
+            proofs: HeldProofs::default(),
+            next_watch: clock::now() + WATCH_EVERY,
+            fence_until: None,
+            frozen: false,
+            shut_down: false,
+            gone: false,
+            ended: false,
+        }
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        (!self.gone).then(|| self.qmp.fd())
+    }
+
+    pub(super) fn process_fd(&self) -> Option<BorrowedFd<'_>> {
+        (!self.gone).then(|| self.process.pidfd())
+    }
+
+    pub(super) fn wants_write(&self) -> bool {
+        self.qmp.wants_write()
+    }
+
+    pub(super) fn saved_bytes(&self) -> u64 {
+        self.saved_bytes
+    }
+
+    pub(super) fn pause(&mut self) {
+        self.batch.push((Command::new("stop"), Purpose::Pause));
+    }
+
+    pub(super) fn save(&mut self) {
+        self.batch.push((self.sink.save_command(), Purpose::Save));
+    }
+
+    pub(super) fn resume(&mut self) {
+        self.thaw();
+        self.batch.push((Command::new("cont"), Purpose::Resume));
+    }
+
+    /// Stops the guest whatever else is going on. If QEMU does not answer, the kernel stops it.
+    pub(super) fn fence(&mut self, now: Micros) {
+        self.batch.push((Command::new("stop"), Purpose::Fence));
+        self.fence_until = Some(now + FENCE_PATIENCE);
+        self.flush();
+    }
+
+    /// Ends QEMU at once: the other host runs the guest, or the guest is done.
+    pub(super) fn end(&mut self) {
+        self.ended = true;
+        if let Err(error) = self.process.kill() {
+            tracing::warn!("ending QEMU failed: {error}");
+        }
+    }
+
+    fn signal(&self, signal: Signal) -> nix::Result<()> {
+        // Our pidfd was open before: the number means the same process, or none.
+        kill(Pid::from_raw(self.process.pid()), signal)
+    }
+
+    fn thaw(&mut self) {
+        self.fence_until = None;
+        if self.frozen {
+            self.frozen = false;
+            if let Err(error) = self.signal(Signal::SIGCONT) {
+                tracing::warn!("thawing QEMU failed: {error}");
+            }
+        }
+    }
+
+    /// Gives QEMU a copy of the proof lane, so that it ends only when QEMU has ended as well.
+    /// → [`QemuInput::ProofHeld`]
+    ///
+    /// # Errors
+    /// The descriptor can't be sent.
+    pub(super) fn hold_proof(&mut self, lane: BorrowedFd<'_>) -> anyhow::Result<()> {
+        let id = self.proofs.hold(&mut self.qmp, lane).context("handing QEMU the proof lane")?;
+        self.pending.insert(id, Purpose::HoldProof);
+        Ok(())
+    }
+
+    pub(super) fn drop_old_proofs(&mut self) {
+        let commands = self.proofs.drop_old();
+        self.batch.extend(commands.into_iter().map(|c| (c, Purpose::Other("closefd"))));
+    }
+
+    pub(super) fn next_timeout(&self) -> Option<Micros> {
+        if self.gone { None } else { Some(self.fence_until.unwrap_or(self.next_watch).min(self.next_watch)) }
+    }
+
+    pub(super) fn on_time(&mut self, now: Micros) {
+        if self.gone {
+            return;
+        }
+        if self.fence_until.is_some_and(|at| now >= at) {
+            self.fence_until = None;
+            self.frozen = true;
+            tracing::warn!("QEMU did not stop in time: freezing its process");
+            if let Err(error) = self.signal(Signal::SIGSTOP) {
+                tracing::error!("freezing QEMU failed: {error}");
+            }
+        }
+        if now >= self.next_watch {
+            self.next_watch = now + WATCH_EVERY;
+            // Not inside of a boundary: the guest would stand still for the answers.
+            if self.pending.is_empty() && !self.frozen {
+                if let Err(error) = self.watch.ask(&mut self.qmp) {
+                    tracing::warn!("looking at the VM again failed: {error}");
+                }
+            } else {
+                self.next_watch = now + WATCH_RETRY;
+            }
+        }
+    }
+
+    /// Sends everything that has gathered, in one write.
+    pub(super) fn flush(&mut self) {
+        if self.batch.is_empty() || self.gone {
+            return;
+        }
+        if self.batch.iter().any(|(_, purpose)| *purpose == Purpose::Save)
+            && let Err(error) = self.sink.rewind()
+        {
+            tracing::error!("rewinding the device state's sink failed: {error}");
+        }
+        let (commands, purposes): (Vec<_>, Vec<_>) = self.batch.drain(..).unzip();
+        match self.qmp.submit(&commands) {
+            Ok(ids) => self.pending.extend(ids.into_iter().zip(purposes)),
+            // A closed connection is found, and said, by the next read.
+            Err(error) => tracing::warn!("sending to QEMU failed: {error}"),
+        }
+    }
+
+    pub(super) fn progress(&mut self, inputs: &mut Vec<QemuInput>) {
+        if self.gone {
+            return;
+        }
+        let mut incoming = Vec::new();
+        let result = self.qmp.progress(&mut |message| incoming.push(message));
+        for message in incoming {
+            if let Some(Finding::Changed { what }) = self.watch.feed(&message) {
+                inputs.push(QemuInput::ShapeChanged(what));
+            }
+            match message {
+                Incoming::Reply { id, result } => {
+                    let result = result.map_err(|failure| failure.to_string());
+                    self.on_reply(id, result, inputs);
+                }
+                Incoming::Event { name, data, .. } => self.on_event(&name, &data, inputs),
+            }
+        }
+        let alive = self.process.is_alive().unwrap_or(false);
+        if !alive || result.is_err() {
+            self.gone = true;
+            if !self.shut_down {
+                let said = self.process.stderr_tail();
+                let why = match (alive, result) {
+                    (true, Err(error)) => format!("its QMP connection is gone ({error})"),
+                    _ => format!("the process ended{}{said}", if said.is_empty() { "" } else { ": " }),
+                };
+                inputs.push(QemuInput::Event(QemuEvent::Gone(why)));
+            }
+        }
+    }
+
+    fn on_reply(
+        &mut self,
+        id: RequestId,
+        result: Result<Value, String>,
+        inputs: &mut Vec<QemuInput>,
+    ) {
+        let Some(purpose) = self.pending.remove(&id) else { return };
+        let step = match purpose {
+            Purpose::Pause => Step::Pause,
+            Purpose::Save => Step::Save,
+            Purpose::Resume => Step::Resume,
+            Purpose::Fence => {
+                if result.is_ok() {
+                    self.fence_until = None;
+                }
+                return;
+            }
+            Purpose::HoldProof => {
+                return inputs.push(QemuInput::ProofHeld(result.map(drop)));
+            }
+            Purpose::Other(what) => {
+                if let Err(text) = result {
+                    tracing::warn!("{what} failed: {text}");
+                }
+                return;
+            }
+        };
+        let input = match (result, step) {
+            (Err(text), step) => QemuInput::Failed { step, text },
+            (Ok(_), Step::Pause) => QemuInput::Paused,
+            (Ok(_), Step::Resume) => QemuInput::Resumed,
+            (Ok(_), _) => match self.sink.saved_bytes() {
+                Ok(bytes) => {
+                    self.saved_bytes = bytes as u64;
+                    QemuInput::Saved { bytes: bytes as u64 }
+                }
+                Err(error) => QemuInput::Failed { step: Step::Save, text: error.to_string() },
+            },
+        };
+        inputs.push(input);
+    }
+
+    fn on_event(&mut self, name: &str, _data: &Value, inputs: &mut Vec<QemuInput>) {
+        let event = match name {
+            "STOP" => QemuEvent::Stopped,
+            "RESUME" => QemuEvent::Resumed,
+            "SHUTDOWN" => {
+                self.shut_down = true;
+                QemuEvent::Shutdown
+            }
+            _ => return,
+        };
+        inputs.push(QemuInput::Event(event));
+    }
+
+    /// Takes the tracker out. A guest that stays is left as it was found: no descriptor of ours,
+    /// and free to power off.
+    pub(super) fn leave(mut self, worker: &Worker<Job, Done>, guest_stays: bool) {
+        worker.submit(Job::Leave);
+        while let Some(done) = worker.wait() {
+            match done {
+                Done::Left => break,
+                Done::Failed { text, .. } => tracing::warn!("{text}"),
+                _ => {}
+            }
+        }
+        if self.gone || self.ended || !guest_stays {
+            return;
+        }
+        let mut last = self.proofs.drop_all();
+        last.push(self.sink.remove_command());
+        last.push(Command::new("set-action").arg("shutdown", "poweroff"));
+        for command in last {
+            let name = command.name().to_owned();
+            if let Err(error) = self.qmp.call(command, LEAVE_PATIENCE) {
+                tracing::warn!("leaving QEMU: {name} failed: {error}");
+            }
+        }
+    }
+}

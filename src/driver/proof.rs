@@ -1,0 +1,87 @@
+//! Watching the proof lane: its FIN says that daemon and QEMU of the other side are gone.
+//!
+//! The driver keeps a copy of the descriptor of its own, because the proof must still be read
+//! after the link's other lanes broke: when a host's processes are killed, the kernel closes
+//! their descriptors in no particular order.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use qemu_bridge::qmp::{Command, Qmp, QmpError, RequestId};
+
+/// What the proof lane says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    Silent,
+    /// The kernel closed it in good order: nobody over there holds it any more.
+    Dead,
+    /// A reset, a time-out, or bytes where none belong: proves nothing.
+    Broken(String),
+}
+
+#[derive(Debug)]
+pub(crate) struct ProofLane {
+    fd: OwnedFd,
+}
+
+impl ProofLane {
+    pub(crate) fn new(lane: BorrowedFd<'_>) -> std::io::Result<ProofLane> {
+        Ok(ProofLane { fd: lane.try_clone_to_owned()? })
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub(crate) fn read(&self) -> Proof {
+        let mut byte = [0];
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+        match recv(self.fd.as_raw_fd(), &mut byte, flags) {
+            Ok(0) => Proof::Dead,
+            Ok(_) => Proof::Broken("the proof lane carries bytes".to_owned()),
+            Err(Errno::EAGAIN | Errno::EINTR) => Proof::Silent,
+            Err(error) => Proof::Broken(format!("proof lane: {error}")),
+        }
+    }
+}
+
+/// The copies of proof lanes that a QEMU holds, under names of ours.
+#[derive(Debug, Default)]
+pub(crate) struct HeldProofs {
+    /// Oldest first.
+    names: Vec<String>,
+    made: u32,
+}
+
+impl HeldProofs {
+    /// Gives QEMU a copy; the reply to the returned request says that it has it.
+    ///
+    /// # Errors
+    /// The descriptor can't be sent.
+    pub(crate) fn hold(
+        &mut self,
+        qmp: &mut Qmp,
+        lane: BorrowedFd<'_>,
+    ) -> Result<RequestId, QmpError> {
+        self.made += 1;
+        let name = format!("curling-proof-{}", self.made);
+        let id = qmp.submit_with_fd(&Command::new("getfd").arg("fdname", name.as_str()), lane)?;
+        self.names.push(name);
+        Ok(id)
+    }
+
+    /// The commands by which QEMU closes all copies but the newest.
+    pub(crate) fn drop_old(&mut self) -> Vec<Command> {
+        let newest = self.names.pop();
+        let commands = self.drop_all();
+        self.names.extend(newest);
+        commands
+    }
+
+    /// The commands by which QEMU closes all copies.
+    pub(crate) fn drop_all(&mut self) -> Vec<Command> {
+        let close = |name: String| Command::new("closefd").arg("fdname", name);
+        self.names.drain(..).map(close).collect()
+    }
+}

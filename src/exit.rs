@@ -1,0 +1,171 @@
+//! What the exit code says.
+
+use std::io::ErrorKind;
+use std::process::ExitCode;
+
+use ft_core::{backup, primary};
+
+/// How the program ended. The numbers are promised to scripts: they never change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    /// As it was asked to: powered off, detached, switched over, stood down.
+    Clean = 0,
+    /// Something else failed.
+    Other = 1,
+    /// The command line or the configuration file is wrong.
+    Usage = 2,
+    /// QEMU, the guest's devices or the peer can't do it. The guest is untouched.
+    Refused = 3,
+    /// The other host runs the guest now.
+    FailedOver = 4,
+    /// The guest is gone, and this side can't bring it back.
+    Lost = 5,
+    /// The user may not do what is needed.
+    Privilege = 6,
+}
+
+/// The table for `--help`; the README has the same.
+pub(crate) const TABLE: &str = "\
+Exit codes:
+  0  ended as asked: powered off, detached, switched over, stood down
+  1  something else failed
+  2  the command line or the configuration file is wrong
+  3  refused: QEMU, a device or the peer can't do it; the guest is untouched
+  4  failed over: the other host runs the guest now
+  5  the guest is lost: there is nothing here to bring it back from
+  6  a privilege is missing
+`status` ends with 0 if every VM it found is protected, 1 if one is not, 3 if no daemon answers.";
+
+/// Why something can't be protected. Anything that carries this exits with [`Exit::Refused`].
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Refusal(pub(crate) String);
+
+impl Exit {
+    /// What an error that nobody handled means.
+    pub(crate) fn of_error(error: &anyhow::Error) -> Exit {
+        if error.chain().any(is_privilege) {
+            return Exit::Privilege;
+        }
+        if error.chain().any(is_refusal) {
+            return Exit::Refused;
+        }
+        Exit::Other
+    }
+
+    pub(crate) fn of_primary(end: &primary::End) -> Exit {
+        use primary::End;
+        match end {
+            End::Detached | End::PoweredOff | End::SwitchedOver { .. } => Exit::Clean,
+            End::FailedOver { .. } => Exit::FailedOver,
+            End::Lost(_) => Exit::Lost,
+            End::Refused { .. } => Exit::Refused,
+        }
+    }
+
+    pub(crate) fn of_backup(end: &backup::End) -> Exit {
+        use backup::End;
+        match end {
+            End::StoodDown | End::PoweredOff => Exit::Clean,
+            End::Failed(_) | End::NothingToActivate(_) => Exit::Lost,
+        }
+    }
+
+    pub(crate) fn code(self) -> u8 {
+        self as u8
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit.code())
+    }
+}
+
+type Cause<'a> = &'a (dyn std::error::Error + 'static);
+
+fn is_privilege(cause: Cause<'_>) -> bool {
+    use nix::errno::Errno;
+    let denied = |error: &std::io::Error| error.kind() == ErrorKind::PermissionDenied;
+    cause.downcast_ref().is_some_and(denied)
+        || matches!(cause.downcast_ref(), Some(Errno::EPERM | Errno::EACCES))
+}
+
+fn is_refusal(cause: Cause<'_>) -> bool {
+    use qemu_bridge::blocks::BlocksError;
+    use qemu_bridge::shape::ShapeError;
+    use qemu_bridge::spawn::CommandError;
+    use qemu_bridge::tracker::TrackerError;
+    cause.is::<Refusal>()
+        || cause.is::<CommandError>()
+        || cause.is::<ShapeError>()
+        || cause.is::<BlocksError>()
+        || cause.is::<TrackerError>()
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, anyhow};
+    use ft_core::Term;
+
+    use super::*;
+
+    #[test]
+    fn an_error_says_why_by_its_causes() {
+        let denied = std::io::Error::from_raw_os_error(libc::EACCES);
+        let cases = [
+            (anyhow!("something"), Exit::Other),
+            (anyhow::Error::new(denied).context("opening /dev/kvm"), Exit::Privilege),
+            (anyhow::Error::new(nix::errno::Errno::EPERM).context("ptrace"), Exit::Privilege),
+            (anyhow::Error::new(Refusal("vhost-user".into())).context("attach"), Exit::Refused),
+        ];
+        for (error, exit) in cases {
+            assert_eq!(Exit::of_error(&error), exit, "{error:#}");
+        }
+        let gone = std::fs::read("/nonexistent").context("reading").unwrap_err();
+        assert_eq!(Exit::of_error(&gone), Exit::Other);
+    }
+
+    #[test]
+    fn every_code_is_in_the_table() {
+        let all = [
+            Exit::Clean,
+            Exit::Other,
+            Exit::Usage,
+            Exit::Refused,
+            Exit::FailedOver,
+            Exit::Lost,
+            Exit::Privilege,
+        ];
+        for exit in all {
+            assert!(TABLE.contains(&format!("\n  {}  ", exit.code())), "{exit:?}");
+        }
+    }
+
+    #[test]
+    fn a_failover_is_not_a_clean_end() {
+        let term = Term(2);
+        assert_eq!(Exit::of_primary(&primary::End::FailedOver { term }), Exit::FailedOver);
+        assert_eq!(Exit::of_primary(&primary::End::SwitchedOver { term }), Exit::Clean);
+        assert_eq!(Exit::of_primary(&primary::End::Lost("q".into())).code(), 5);
+        assert_eq!(Exit::of_backup(&backup::End::StoodDown).code(), 0);
+        assert_eq!(Exit::of_backup(&backup::End::NothingToActivate("q".into())).code(), 5);
+    }
+}
+
+impl Exit {
+    /// Set-up errors are refusals, unless a privilege is what is missing.
+    pub(crate) fn of(error: &anyhow::Error) -> Exit {
+        let is_privilege = |cause: &(dyn std::error::Error + 'static)| {
+            let denied = std::io::ErrorKind::PermissionDenied;
+            let io = cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == denied);
+            let tracker = matches!(
+                cause.downcast_ref::<qemu_bridge::tracker::TrackerError>(),
+                Some(qemu_bridge::tracker::TrackerError::NotPermitted { .. })
+            );
+            io || tracker
+        };
+        if error.chain().any(is_privilege) { Exit::Privilege } else { Exit::Refused }
+    }
+}

@@ -1,0 +1,186 @@
+//! Where QEMUs come from: the guest's, its standby, a fresh standby on the same RAM, and the
+//! throw-away one of a rehearsal.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use ft_core::shape::MAIN_RAM;
+use qemu_bridge::blocks::{Backing, RamBlock, ram_blocks};
+use qemu_bridge::qmp::Qmp;
+use qemu_bridge::spawn::{
+    GuestOutput, Prepared, QemuProcess, QemuVersion, RamSource, Role, SpawnOptions, prepare,
+};
+use qemu_bridge::standby::prepare_standby;
+
+use crate::driver::backup::Standby;
+
+/// A QEMU that starts opens its QMP socket and answers in this time, or not at all.
+pub(crate) const START_PATIENCE: Duration = Duration::from_secs(20);
+/// For one QMP command at set-up.
+pub(crate) const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A QEMU that answers.
+pub(crate) struct Born {
+    pub(crate) process: QemuProcess,
+    pub(crate) qmp: Qmp,
+}
+
+/// Makes QEMUs of one command line.
+pub(crate) struct Nursery {
+    argv: Vec<String>,
+    version: QemuVersion,
+    /// For QMP sockets of our own; removed at the end.
+    runtime_dir: PathBuf,
+    /// The standby's main RAM, once there is one.
+    main_ram: Option<OwnedFd>,
+    made: u32,
+    keep_sockets: bool,
+}
+
+impl Nursery {
+    /// # Errors
+    /// The program is no QEMU, or the runtime directory can't be made.
+    pub(crate) fn new(argv: Vec<String>) -> anyhow::Result<Nursery> {
+        let program = argv.first().context("the command line of QEMU is empty")?;
+        let version = QemuVersion::probe(program)?;
+        let runtime_dir = make_runtime_dir()?;
+        Ok(Nursery { argv, version, runtime_dir, main_ram: None, made: 0, keep_sockets: false })
+    }
+
+    /// For a standby that somebody else has started: its own command line is the recipe.
+    ///
+    /// # Errors
+    /// The process is gone or not ours to look into.
+    pub(crate) fn of_process(pid: i32, blocks: &[RamBlock]) -> anyhow::Result<Nursery> {
+        let line = fs::read(format!("/proc/{pid}/cmdline"))
+            .with_context(|| format!("reading the command line of process {pid}"))?;
+        let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+        let mut argv: Vec<String> =
+            words.map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        let program = fs::read_link(format!("/proc/{pid}/exe"))
+            .with_context(|| format!("finding the program of process {pid}"))?;
+        if let Some(first) = argv.first_mut() {
+            *first = program.to_string_lossy().into_owned();
+        }
+        let mut nursery = Nursery::new(argv)?;
+        nursery.keep_main_ram(blocks)?;
+        Ok(nursery)
+    }
+
+    /// A QEMU of ours runs on without us, and can be attached to again by its socket.
+    pub(crate) fn keep_sockets(&mut self) {
+        self.keep_sockets = true;
+    }
+
+    /// What would be run.
+    ///
+    /// # Errors
+    /// The command line has something that can't be protected.
+    pub(crate) fn prepare(&mut self, role: Role, ram: RamSource<'_>) -> anyhow::Result<Prepared> {
+        self.made += 1;
+        let socket = self.runtime_dir.join(format!("{}.qmp", self.made));
+        Ok(prepare(&self.argv, role, &self.version, &socket, ram)?)
+    }
+
+    /// Starts a QEMU.
+    ///
+    /// # Errors
+    /// It does not start, or ends at once: with its last words.
+    pub(crate) fn bear(&mut self, role: Role) -> anyhow::Result<Born> {
+        let prepared = match (role, self.main_ram.as_ref().map(OwnedFd::try_clone)) {
+            (Role::Backup, Some(ram)) => {
+                let ram = ram.context("copying the RAM's descriptor")?;
+                self.prepare(role, RamSource::Existing(ram.as_fd()))?
+            }
+            _ => self.prepare(role, RamSource::Fresh)?,
+        };
+        start(&prepared, GuestOutput::Inherit)
+    }
+
+    /// Remembers the main RAM of the first standby: it outlives its QEMU.
+    ///
+    /// # Errors
+    /// The main RAM is not in shared memory.
+    pub(crate) fn keep_main_ram(&mut self, blocks: &[RamBlock]) -> anyhow::Result<()> {
+        let main = blocks.iter().find(|b| b.name == MAIN_RAM).context("no main RAM was found")?;
+        match &main.backing {
+            Backing::Shared { fd, .. } => {
+                self.main_ram = Some(fd.try_clone().context("copying the RAM's descriptor")?);
+                Ok(())
+            }
+            Backing::Private { .. } => bail!(
+                "the standby's main RAM is private to its QEMU: add -object \
+                 memory-backend-memfd,id=ram,size=…,share=on -machine memory-backend=ram"
+            ),
+        }
+    }
+
+    /// A fresh standby on the RAM of the one before.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub(crate) fn respawn(&mut self) -> anyhow::Result<(Standby, Vec<RamBlock>)> {
+        let Born { process, mut qmp } = self.bear(Role::Backup)?;
+        prepare_standby(&mut qmp, ANSWER_PATIENCE)?;
+        let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
+        Ok((Standby::new(qmp, process), blocks))
+    }
+
+    /// A throw-away standby on a private copy of the RAM, with no way out to the host.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub(crate) fn rehearsal(&mut self) -> anyhow::Result<(Standby, Vec<RamBlock>)> {
+        let ram = self.main_ram.as_ref().context("there is no RAM to rehearse on")?;
+        let ram = ram.try_clone().context("copying the RAM's descriptor")?;
+        let all = std::mem::take(&mut self.argv);
+        let cut_off = qemu_bridge::spawn::cut_off(&all);
+        self.argv = cut_off;
+        let prepared = self.prepare(Role::Backup, RamSource::PrivateCopy(ram.as_fd()));
+        self.argv = all;
+        let Born { process, mut qmp } = start(&prepared?, GuestOutput::Discard)?;
+        prepare_standby(&mut qmp, ANSWER_PATIENCE)?;
+        let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
+        Ok((Standby::new(qmp, process), blocks))
+    }
+}
+
+impl Drop for Nursery {
+    fn drop(&mut self) {
+        if self.keep_sockets {
+            return;
+        }
+        // QEMU unlinks its own socket; a killed one can't.
+        let _ = fs::remove_dir_all(&self.runtime_dir);
+    }
+}
+
+fn start(prepared: &Prepared, output: GuestOutput) -> anyhow::Result<Born> {
+    let inherited: Vec<_> = prepared.ram.iter().map(AsFd::as_fd).collect();
+    let options = SpawnOptions { inherited: &inherited, output };
+    let mut process = QemuProcess::spawn(&prepared.argv, &options)?;
+    match process.connect_qmp(&prepared.qmp_socket, START_PATIENCE) {
+        Ok(qmp) => Ok(Born { process, qmp }),
+        Err(error) => {
+            let _ = process.kill();
+            let _ = process.wait(Duration::from_secs(2));
+            Err(error).context("starting QEMU")
+        }
+    }
+}
+
+fn make_runtime_dir() -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::DirBuilderExt;
+    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    let dir = base.join(format!("curling-rdma-{}", std::process::id()));
+    if Path::exists(&dir) {
+        // Of a process that had our number before, and was killed.
+        fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
+    }
+    let made = fs::DirBuilder::new().mode(0o700).create(&dir);
+    made.with_context(|| format!("making {}", dir.display()))?;
+    Ok(dir)
+}

@@ -1,0 +1,312 @@
+//! From settings to a running loop: QEMU, its RAM, a tracker, the machine.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use ft_core::backup::{Backup, BackupConfig, CheckWhen};
+use ft_core::limits::CHUNK_BYTES;
+use ft_core::primary::{Primary, PrimaryConfig, PrimaryVm};
+use ft_core::wire::{Frame, Hello, PROTOCOL_VERSION, Role as PeerRole, features};
+use ft_core::{Epoch, Session, VmShape, VmTag};
+use qemu_bridge::blocks::{RamBlock, ram_blocks};
+use qemu_bridge::device_state::StateSink;
+use qemu_bridge::guest_ram::GuestRam;
+use qemu_bridge::qmp::{Command, Qmp};
+use qemu_bridge::shape::{ShapeWatch, query_shape};
+use qemu_bridge::spawn::{QemuProcess, RamSource, Role};
+use qemu_bridge::standby::prepare_standby;
+use qemu_bridge::standby_ram::StandbyRam;
+use qemu_bridge::tracker::{self, Tracker, self_test};
+use transport::Arena;
+use transport::tcp::{TcpConfig, TcpListener};
+
+use crate::config::{Mode, QemuSource, Settings};
+use crate::control::ControlServer;
+use crate::driver::backup::{self, BackupWorker, Standby};
+use crate::driver::primary::{self, PrimaryWorker, Qemu};
+use crate::driver::{clock, worker::Worker};
+use crate::events::{Attached, Events};
+use crate::exit::Exit;
+use crate::guard::Guard;
+use crate::nursery::{ANSWER_PATIENCE, Born, Nursery};
+use crate::signals::Signals;
+use crate::state_store::StateStore;
+
+/// Chunks that a live round may have filled and not pushed.
+const SYNC_CHUNKS: u32 = 16;
+/// Chunks beside those of one epoch: windows, and what a merge may leave.
+const SPARE_CHUNKS: usize = 64;
+
+/// A QEMU that is about to be protected, or to be a standby.
+struct Subject {
+    process: QemuProcess,
+    qmp: Qmp,
+    blocks: Vec<RamBlock>,
+    shape: VmShape,
+    watch: ShapeWatch,
+}
+
+impl Subject {
+    fn look(process: QemuProcess, mut qmp: Qmp) -> anyhow::Result<Subject> {
+        // Watching first: nothing can then change unseen between the two.
+        let watch = ShapeWatch::begin(&mut qmp, ANSWER_PATIENCE)?;
+        let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
+        let shape = query_shape(&mut qmp, &blocks, ANSWER_PATIENCE)?;
+        Ok(Subject { process, qmp, blocks, shape, watch })
+    }
+}
+
+/// Protects a guest until something ends that.
+///
+/// # Errors
+/// What is missing, and what to do: QEMU, a privilege, a device that can't be protected.
+pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
+    let Mode::Primary { peer } = settings.mode else { bail!("not a primary's settings") };
+    let signals = Signals::block()?;
+    let store = StateStore::open(&settings.state_dir, &settings.vm_id, "primary")?;
+    let (nursery, born) = match &settings.source {
+        QemuSource::Attach { qmp } => (None, attach(qmp)?),
+        QemuSource::Spawn { argv } => {
+            let mut nursery = Nursery::new(argv.clone())?;
+            if settings.dry_run {
+                return show(&mut nursery, Role::Primary);
+            }
+            let born = nursery.bear(Role::Primary)?;
+            (Some(nursery), born)
+        }
+    };
+    let Subject { process, mut qmp, blocks, shape, watch } = Subject::look(born.process, born.qmp)?;
+    let hello = check_hello(&settings.vm_id, &shape, settings)?;
+
+    let running = is_running(&mut qmp)?;
+    let ram = GuestRam::open(process.pid(), &blocks)?;
+    let (tracker, said, expected_pause) = prove_tracker(settings, &ram, &mut qmp, running)?;
+    tracing::info!("{said}");
+    let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
+    // A guest that powers off must not take QEMU with it before the backup knows.
+    qmp.call(Command::new("set-action").arg("shutdown", "pause"), ANSWER_PATIENCE)
+        .context("telling QEMU to stay when the guest powers off")?;
+
+    let mut events = Events::open(settings.events.as_deref(), "primary")?;
+    events.attached(&Attached {
+        qemu_pid: process.pid(),
+        qemu_version: version_of(&shape),
+        accel: accel_of(&shape),
+        ram_bytes: shape.ram_bytes(),
+        tracker: tracker.name().to_owned(),
+        expected_pause_us: Some(u64::try_from(expected_pause.as_micros()).unwrap_or(u64::MAX)),
+    });
+    let arena = arena_for(&shape);
+    let guard = Guard::start(process.pidfd())?;
+    let control = ControlServer::bind(&settings.control)?;
+    let device_state = sink.memory().try_clone_to_owned().context("copying a descriptor")?.into();
+    let session = Session(random_number()?);
+    let term = store.load().term;
+    let vm = vm_tag(&settings.vm_id);
+    let worker = PrimaryWorker::new(ram, tracker, arena, device_state);
+    let worker = Worker::start("harvest", move |desk| worker.run(&desk))?;
+    let config = PrimaryConfig {
+        vm_id: hello.vm_id,
+        vm,
+        session,
+        term,
+        epoch_interval: settings.epoch,
+        heartbeat: settings.heartbeat,
+        lease: settings.lease,
+        on_backup_loss: settings.on_backup_loss,
+        max_unacked: settings.max_unacked,
+        audit_every: settings.audit_every,
+        sync_chunks: SYNC_CHUNKS,
+    };
+    let machine = Primary::new(config, PrimaryVm { shape, running }, clock::now());
+    primary::run(primary::Parts {
+        machine,
+        frame: Frame { vm, session, term, epoch: Epoch::NONE },
+        qemu: Qemu::new(qmp, process, sink, watch),
+        worker,
+        peer,
+        tcp: TcpConfig::default(),
+        events,
+        control,
+        signals,
+        store,
+        guard,
+        nursery,
+    })
+}
+
+/// Waits for a primary, and takes over when it dies.
+///
+/// # Errors
+/// As [`run_primary`].
+pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
+    let Mode::Backup { listen } = settings.mode else { bail!("not a backup's settings") };
+    let signals = Signals::block()?;
+    let store = StateStore::open(&settings.state_dir, &settings.vm_id, "backup")?;
+    let listener = TcpListener::bind(listen, &TcpConfig::default())
+        .with_context(|| format!("listening on {listen}"))?;
+    let (mut nursery, mut born) = match &settings.source {
+        QemuSource::Attach { qmp } => (None, attach(qmp)?),
+        QemuSource::Spawn { argv } => {
+            let mut nursery = Nursery::new(argv.clone())?;
+            if settings.dry_run {
+                return show(&mut nursery, Role::Backup);
+            }
+            let born = nursery.bear(Role::Backup)?;
+            (Some(nursery), born)
+        }
+    };
+    prepare_standby(&mut born.qmp, ANSWER_PATIENCE)?;
+    let subject = Subject::look(born.process, born.qmp)?;
+    let Subject { process, qmp, blocks, shape, .. } = subject;
+    let nursery = match nursery.take() {
+        Some(mut nursery) => {
+            nursery.keep_main_ram(&blocks)?;
+            nursery
+        }
+        None => Nursery::of_process(process.pid(), &blocks)?,
+    };
+    let ram = StandbyRam::open(process.pid(), &blocks)?;
+    let mut events = Events::open(settings.events.as_deref(), "backup")?;
+    events.attached(&Attached {
+        qemu_pid: process.pid(),
+        qemu_version: version_of(&shape),
+        accel: accel_of(&shape),
+        ram_bytes: shape.ram_bytes(),
+        tracker: "none".to_owned(),
+        expected_pause_us: None,
+    });
+    let arena = arena_for(&shape);
+    let mut guard = Guard::start(process.pidfd())?;
+    // Until it is active a standby is worth nothing without its daemon.
+    guard.set(true)?;
+    let control = ControlServer::bind(&settings.control)?;
+    let worker = BackupWorker::new(ram);
+    let worker = Worker::start("apply", move |desk| worker.run(&desk))?;
+    let config = BackupConfig {
+        vm_id: settings.vm_id.clone(),
+        vm: vm_tag(&settings.vm_id),
+        term: store.load().term,
+        shape,
+        check: CheckWhen::OnArrival,
+    };
+    let machine = Backup::new(config, clock::now());
+    backup::run(backup::Parts {
+        machine,
+        listener,
+        arena,
+        standby: Standby::new(qmp, process),
+        nursery,
+        worker,
+        events,
+        control,
+        signals,
+        store,
+        guard,
+    })
+}
+
+fn attach(socket: &std::path::Path) -> anyhow::Result<Born> {
+    let mut qmp = Qmp::connect(socket, ANSWER_PATIENCE)?;
+    let process = QemuProcess::attach(&mut qmp, socket, ANSWER_PATIENCE)?;
+    Ok(Born { process, qmp })
+}
+
+/// `--dry-run`: the command line, and why it is as it is.
+fn show(nursery: &mut Nursery, role: Role) -> anyhow::Result<Exit> {
+    let prepared = nursery.prepare(role, RamSource::Fresh)?;
+    println!("{}", prepared.shell_line());
+    for line in prepared.explanation() {
+        println!("# {line}");
+    }
+    Ok(Exit::Clean)
+}
+
+/// A tracker that has proven itself, what to say about it, and the pause to expect.
+fn prove_tracker(
+    settings: &Settings,
+    ram: &GuestRam,
+    qmp: &mut Qmp,
+    running: bool,
+) -> anyhow::Result<(Box<dyn Tracker>, String, Duration)> {
+    let (mut tracker, said) = tracker::choose(settings.tracker, ram)?;
+    if running {
+        qmp.call(Command::new("stop"), ANSWER_PATIENCE)?;
+    }
+    let tested = self_test(tracker.as_mut(), ram);
+    let began = Instant::now();
+    let mut nothing = ft_core::DirtySet::new(&ram.pages_per_block());
+    let collected = tracker.collect(ram, &mut nothing);
+    let scan = began.elapsed();
+    if running {
+        qmp.call(Command::new("cont"), ANSWER_PATIENCE)?;
+    }
+    tested?;
+    collected?;
+    let said = format!("{said}; a scan of this RAM takes {:.2} ms", scan.as_secs_f64() * 1e3);
+    // The save takes QEMU about a millisecond, and the scan overlaps it.
+    let expected = scan.max(Duration::from_millis(1)) + Duration::from_millis(1);
+    Ok((tracker, said, expected))
+}
+
+fn is_running(qmp: &mut Qmp) -> anyhow::Result<bool> {
+    let status = qmp.call(Command::new("query-status"), ANSWER_PATIENCE)?;
+    match status["status"].as_str() {
+        Some("running") => Ok(true),
+        Some("paused" | "prelaunch" | "debug" | "suspended") => Ok(false),
+        other => bail!(
+            "the guest is {}: only a running or paused one can be protected",
+            other.unwrap_or("in an unknown state")
+        ),
+    }
+}
+
+/// The hello of this VM must fit into a message.
+fn check_hello(vm_id: &str, shape: &VmShape, settings: &Settings) -> anyhow::Result<Hello> {
+    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    let hello = Hello {
+        role: PeerRole::Primary,
+        versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
+        features: features::SUPPORTED,
+        vm_id: vm_id.to_owned(),
+        attempt: 0,
+        last_epoch: Epoch::NONE,
+        activated: false,
+        heartbeat_us: micros(settings.heartbeat),
+        lease_us: micros(settings.lease),
+        shape: shape.clone(),
+    };
+    hello.check().context("describing this VM to a peer")?;
+    Ok(hello)
+}
+
+fn arena_for(shape: &VmShape) -> Arena {
+    // An epoch can be as large as all of RAM, each page in an entry of its own at worst.
+    let chunks = shape.ram_bytes() as usize / CHUNK_BYTES * 17 / 16;
+    Arena::new(2 * chunks + SPARE_CHUNKS)
+}
+
+fn vm_tag(vm_id: &str) -> VmTag {
+    // FNV-1a: it only has to differ between the VMs of one site, and the hello names it in full.
+    let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    VmTag(vm_id.bytes().fold(0xcbf2_9ce4_8422_2325, hash))
+}
+
+fn random_number() -> anyhow::Result<u64> {
+    let bytes = crate::random::bytes().context("drawing a random number")?;
+    let (first, _) = bytes.split_at(8);
+    Ok(u64::from_le_bytes(first.try_into().expect("eight bytes")))
+}
+
+fn property(shape: &VmShape, name: &str) -> String {
+    let found = shape.properties.iter().find(|(key, _)| key == name);
+    found.map_or_else(|| "unknown".to_owned(), |(_, value)| value.clone())
+}
+
+fn version_of(shape: &VmShape) -> String {
+    property(shape, "qemu-version")
+}
+
+fn accel_of(shape: &VmShape) -> String {
+    property(shape, "accel")
+}
