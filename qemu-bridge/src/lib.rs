@@ -7,6 +7,7 @@ pub mod gather;
 pub mod guardian;
 pub mod guest_ram;
 pub mod qmp;
+pub mod refusals;
 pub mod shape;
 pub mod spawn;
 pub mod standby;

@@ -19,6 +19,7 @@ use crate::qmp::{Command, Qmp, QmpError, QmpFailure};
 use crate::spawn::QemuVersion;
 
 pub use network::{Nic, parse_network};
+pub(crate) use watch::migration_blockers;
 pub use watch::{Finding, ShapeWatch};
 
 /// Where QEMU keeps devices: named by the user, without a name, and the board's own.
@@ -147,12 +148,7 @@ fn add_devices(
     properties: &mut BTreeMap<String, String>,
     timeout: Duration,
 ) -> Result<(), ShapeError> {
-    let mut devices = Vec::new();
-    for folder in DEVICE_FOLDERS {
-        let listing = qmp.call(list(folder), timeout)?;
-        let children = children(&listing).ok_or(ShapeError::Answer("qom-list"))?;
-        devices.extend(children.map(|(name, kind)| (format!("{folder}/{name}"), kind.to_owned())));
-    }
+    let devices = device_types(qmp, timeout)?;
     if devices.len() > SHAPE_PROPERTIES_MAX {
         return Err(ShapeError::TooLarge);
     }
@@ -175,6 +171,20 @@ fn add_devices(
         properties.insert(format!("device {path}"), value);
     }
     Ok(())
+}
+
+/// Path and type of every device.
+pub(crate) fn device_types(
+    qmp: &mut Qmp,
+    timeout: Duration,
+) -> Result<Vec<(String, String)>, ShapeError> {
+    let mut devices = Vec::new();
+    for folder in DEVICE_FOLDERS {
+        let listing = qmp.call(list(folder), timeout)?;
+        let children = children(&listing).ok_or(ShapeError::Answer("qom-list"))?;
+        devices.extend(children.map(|(name, kind)| (format!("{folder}/{name}"), kind.to_owned())));
+    }
+    Ok(devices)
 }
 
 fn get(path: &str, property: &str) -> Command {

@@ -3,6 +3,7 @@
 mod blocks;
 mod guardian;
 mod qmp;
+mod refusals;
 mod shape;
 mod standby;
 mod support;

@@ -1,5 +1,6 @@
 //! Real QEMUs for the tests: small guests that run only their firmware.
 
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -66,11 +67,20 @@ impl TestQemu {
     pub(crate) fn start_with(
         qemu: &str,
         arguments: &[&str],
-        inherited: &[std::os::fd::BorrowedFd<'_>],
+        inherited: &[BorrowedFd<'_>],
+    ) -> TestQemu {
+        TestQemu::start_bare(qemu, &[&["-accel", "tcg"], arguments].concat(), inherited)
+    }
+
+    /// Without an accelerator.
+    pub(crate) fn start_bare(
+        qemu: &str,
+        arguments: &[&str],
+        inherited: &[BorrowedFd<'_>],
     ) -> TestQemu {
         let dir = TestDir::new();
         let socket = dir.0.join("qmp");
-        let fixed = ["-display", "none", "-accel", "tcg", "-qmp"];
+        let fixed = ["-display", "none", "-qmp"];
         let mut argv = vec![qemu.to_owned()];
         argv.extend(fixed.iter().map(|a| (*a).to_owned()));
         argv.push(format!("unix:{},server=on,wait=off", socket.display()));
