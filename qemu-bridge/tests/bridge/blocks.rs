@@ -151,12 +151,13 @@ fn every_block_of_small_and_of_crowded_machines_is_found() {
 
 /// Each ROM's bytes say what it is.
 fn check_firmware(vm: &TestQemu, blocks: &[RamBlock]) {
-    let bios = std::fs::read("/usr/share/seabios/bios-256k.bin").unwrap();
     for block in blocks {
         let bytes = contents(vm, block);
         if block.name == "pc.bios" {
+            let named = bytes.windows(7).any(|w| w == b"SeaBIOS");
+            // The reset vector: a far jump.
             assert!(
-                bytes.ends_with(&bios[bios.len() - 0x1000..]),
+                named && bytes[bytes.len() - 16] == 0xea,
                 "pc.bios is not SeaBIOS"
             );
         }

@@ -23,8 +23,11 @@ pub(crate) fn qemus() -> Vec<String> {
     found
 }
 
-/// The newer QEMU's wrapper, if it has been unpacked.
+/// The newer QEMU: what `QEMU_NEWER` names, or the one in the project's cache.
 pub(crate) fn newer_qemu() -> Option<String> {
+    if let Ok(path) = std::env::var("QEMU_NEWER") {
+        return Some(path);
+    }
     let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/qemu-10.0");
     let path = cache.join("qemu-system-x86_64");
     path.exists().then(|| path.display().to_string())
