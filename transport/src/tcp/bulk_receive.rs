@@ -1,9 +1,12 @@
 //! The receiving half of the bulk lane: each frame's header, then its body straight into the
 //! granted chunk.
+//!
+//! The receive of a body is linked with that of the next header, so that a frame that is there
+//! already costs one submission. A body that ends short cancels the header behind it.
 
 use std::os::fd::RawFd;
 
-use io_uring::{opcode, types};
+use io_uring::{opcode, squeue, types};
 use memmap2::MmapMut;
 
 use crate::arena::{Chunk, ChunkMut};
@@ -19,9 +22,12 @@ const DROP_BYTES: usize = 64 << 10;
 pub(super) struct BulkReceive {
     pub(super) grants: Grants,
     state: State,
-    /// Where headers and dropped bytes go.
+    /// Where headers go, and dropped bytes.
     scratch: MmapMut,
-    in_flight: bool,
+    /// An operation that receives a header: at once, or behind the body before it.
+    header_in_flight: bool,
+    /// An operation that receives a body or dropped bytes.
+    body_in_flight: bool,
 }
 
 enum State {
@@ -52,20 +58,20 @@ impl BulkReceive {
             grants: Grants::default(),
             state: State::Header { filled: 0 },
             scratch: MmapMut::map_anon(DROP_BYTES)?,
-            in_flight: false,
+            header_in_flight: false,
+            body_in_flight: false,
         })
     }
 
     /// Starts receiving what comes next, unless it is being done.
     pub(super) fn start(&mut self, ring: &mut Ring, fd: RawFd) -> std::io::Result<()> {
-        if self.in_flight {
-            return Ok(());
-        }
-        let (to, bytes) = match &mut self.state {
-            State::Header { filled } => {
-                let free = &mut self.scratch[*filled..FRAME_HEADER_BYTES];
-                (free.as_mut_ptr(), free.len())
+        let (to, bytes, is_body) = match &mut self.state {
+            State::Header { filled } if !self.header_in_flight => {
+                let filled = *filled;
+                return self.start_header(ring, fd, filled);
             }
+            State::Header { .. } => return Ok(()),
+            _ if self.body_in_flight => return Ok(()),
             State::Body {
                 granted,
                 frame,
@@ -76,59 +82,88 @@ impl BulkReceive {
                 // SAFETY: `received` is less than the frame's length, which was checked to be at
                 // most the chunk's.
                 let to = unsafe { granted.chunk.as_mut_ptr().add(*received) };
-                (to, bytes)
+                (to, bytes, true)
             }
-            State::Drop { left } => (self.scratch.as_mut_ptr(), (*left).min(DROP_BYTES)),
+            State::Drop { left } => (self.scratch.as_mut_ptr(), (*left).min(DROP_BYTES), false),
+        };
+        // A chain that is cut in two by a submission is no chain.
+        ring.make_room(2)?;
+        // The header of an earlier chain may still have to be reported as cancelled.
+        let chain = is_body && !self.header_in_flight;
+        let (wait, link) = if chain {
+            (libc::MSG_WAITALL, squeue::Flags::IO_LINK)
+        } else {
+            (0, squeue::Flags::empty())
         };
         let entry = opcode::Recv::new(types::Fd(fd), to, bytes as u32)
+            .flags(wait)
             .build()
+            .flags(link)
             .user_data(Token::BulkReceive as u64);
         // SAFETY: `to` has room for `bytes` in `scratch` or in the chunk, which both stay in this
-        // struct, unread and unwritten, while `in_flight` is set; the link leaks it if it can't
-        // wait for the kernel.
+        // struct, unread and unwritten, while `body_in_flight` is set; the link leaks it if it
+        // can't wait for the kernel.
         unsafe { ring.push(&entry) }?;
-        self.in_flight = true;
+        self.body_in_flight = true;
+        if chain {
+            self.start_header(ring, fd, 0)?;
+        }
         Ok(())
     }
 
-    /// Takes an operation's result and hands the chunk that it finishes to `finished`.
+    fn start_header(&mut self, ring: &mut Ring, fd: RawFd, filled: usize) -> std::io::Result<()> {
+        let free = &mut self.scratch[filled..FRAME_HEADER_BYTES];
+        let entry = opcode::Recv::new(types::Fd(fd), free.as_mut_ptr(), free.len() as u32)
+            .build()
+            .user_data(Token::BulkReceiveHeader as u64);
+        // SAFETY: `scratch` stays in this struct, and nobody uses it in `State::Header` or
+        // `State::Body` while `header_in_flight` is set; the link leaks it if it can't wait for
+        // the kernel.
+        unsafe { ring.push(&entry) }?;
+        self.header_in_flight = true;
+        Ok(())
+    }
+
+    /// Takes the result of receiving a header.
+    pub(super) fn header_received(&mut self, result: i32) -> Result<(), LossKind> {
+        self.header_in_flight = false;
+        let State::Header { filled } = &mut self.state else {
+            // Cancelled by the body before it, whose own result says what there is to say.
+            return Ok(());
+        };
+        *filled += judge(result, false)?;
+        if *filled == FRAME_HEADER_BYTES {
+            self.begin_frame()?;
+        }
+        Ok(())
+    }
+
+    /// Takes the result of receiving a body, and hands the chunk that it finishes to `finished`.
     pub(super) fn received(
         &mut self,
         result: i32,
-        mut finished: impl FnMut(Finished),
+        finished: impl FnOnce(Finished),
     ) -> Result<(), LossKind> {
-        self.in_flight = false;
-        let bytes = match self.judge(result) {
-            Ok(bytes) => bytes,
-            Err(loss) => {
-                // A chunk that was waited for is free, whatever became of the lane.
-                if matches!(self.state, State::Body { revoked: true, .. }) {
-                    self.finish_body().map(finished);
-                }
-                return Err(loss);
-            }
-        };
+        self.body_in_flight = false;
         match &mut self.state {
-            State::Header { filled } => {
-                *filled += bytes;
-                if *filled == FRAME_HEADER_BYTES {
-                    self.begin_frame()?;
-                }
-            }
-            State::Body { received, .. } => {
-                *received += bytes;
-                if let Some(done) = self.finish_body() {
-                    finished(done);
-                }
+            State::Header { .. } => unreachable!("no body is being received"),
+            State::Body {
+                received, revoked, ..
+            } => {
+                let bytes = judge(result, *revoked);
+                *received += bytes.as_ref().unwrap_or(&0);
+                // A chunk that was revoked is free, whatever became of the lane.
+                self.finish_body().map(finished);
+                bytes.map(drop)
             }
             State::Drop { left } => {
-                *left -= bytes;
+                *left -= judge(result, false)?;
                 if *left == 0 {
                     self.state = State::Header { filled: 0 };
                 }
+                Ok(())
             }
         }
-        Ok(())
     }
 
     /// Takes back the chunk that is being filled, if it is of `slot`: at once if the kernel isn't
@@ -144,27 +179,13 @@ impl BulkReceive {
             return false;
         }
         *revoked = true;
-        if self.in_flight {
+        if self.body_in_flight {
             return true;
         }
         if let Some(Finished::Revoked(chunk)) = self.finish_body() {
             back(chunk);
         }
         false
-    }
-
-    /// The number of bytes that arrived; 0 means that the operation ended without any, and is to
-    /// be started again.
-    fn judge(&self, result: i32) -> Result<usize, LossKind> {
-        let cancelled = matches!(self.state, State::Body { revoked: true, .. });
-        if result == -libc::ECANCELED && cancelled {
-            return Ok(0);
-        }
-        match outcome(result)? {
-            Outcome::Bytes(0) => Err(LossKind::Fin),
-            Outcome::Bytes(bytes) => Ok(bytes),
-            Outcome::Again => Ok(0),
-        }
     }
 
     fn begin_frame(&mut self) -> Result<(), LossKind> {
@@ -235,5 +256,18 @@ impl BulkReceive {
                 tag: frame.tag,
             }
         })
+    }
+}
+
+/// The number of bytes that arrived; 0 means that the operation ended without any, and is to be
+/// started again.
+fn judge(result: i32, may_be_cancelled: bool) -> Result<usize, LossKind> {
+    if result == -libc::ECANCELED && may_be_cancelled {
+        return Ok(0);
+    }
+    match outcome(result)? {
+        Outcome::Bytes(0) => Err(LossKind::Fin),
+        Outcome::Bytes(bytes) => Ok(bytes),
+        Outcome::Again => Ok(0),
     }
 }

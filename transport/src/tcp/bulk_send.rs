@@ -21,8 +21,9 @@ use crate::tcp::zero_copy::{ZeroCopy, ZeroCopyState};
 
 /// Frames that one operation sends at most.
 const BATCH_FRAMES: usize = 16;
-/// An operation takes no further frame when it has this many bytes.
-const BATCH_BYTES: usize = 2 << 20;
+/// An operation takes no further frame when it has this many bytes: submitting it copies as many
+/// as fit in the socket's buffer, in the driver's thread.
+const BATCH_BYTES: usize = 1 << 20;
 /// Room for frames that the queue begins with.
 const QUEUE_FRAMES: usize = 1024;
 /// From this many bytes on a frame is sent without copying. Below, pinning and notifying costs

@@ -1,19 +1,23 @@
-//! The control lane: length-prefixed messages through two bounded buffers.
+//! The control lane: length-prefixed messages through bounded buffers.
+//!
+//! One multishot receive stays armed, so that a message costs no submission on this side.
 
 use std::os::fd::RawFd;
 
-use io_uring::{opcode, types};
-use memmap2::MmapMut;
+use io_uring::{cqueue, opcode, types};
 
 use crate::link::{LinkError, LossKind, MESSAGE_BYTES_MAX};
+use crate::tcp::TcpError;
 use crate::tcp::frame::{MESSAGE_PREFIX_BYTES, decode_message_length};
 use crate::tcp::link::{Outcome, Token, outcome};
+use crate::tcp::provided::{BUFFER_BYTES, GROUP, Provided};
 use crate::tcp::ring::Ring;
 
 /// Bytes of messages that can wait to be sent, prefixes included.
 pub(super) const CONTROL_QUEUE_BYTES: usize = 4 * (MESSAGE_PREFIX_BYTES + MESSAGE_BYTES_MAX);
-/// Bytes of the receive buffer: the longest message fits whatever stands before it.
-const RECEIVE_BYTES: usize = 2 * (MESSAGE_PREFIX_BYTES + MESSAGE_BYTES_MAX);
+/// Bytes that can be received before they are handed on: a message that is almost complete, and
+/// a buffer behind it.
+const RECEIVED_BYTES: usize = MESSAGE_PREFIX_BYTES + MESSAGE_BYTES_MAX + BUFFER_BYTES;
 
 pub(super) struct Control {
     /// Messages that no operation covers yet. Never grows beyond its first capacity.
@@ -22,21 +26,21 @@ pub(super) struct Control {
     sending: Vec<u8>,
     sent: usize,
     send_in_flight: bool,
-    /// The kernel writes behind `filled` while a receive is in flight.
-    buffer: MmapMut,
-    filled: usize,
+    provided: Provided,
+    /// The beginning of a message that isn't complete. Never grows beyond its first capacity.
+    partial: Vec<u8>,
     receive_in_flight: bool,
 }
 
 impl Control {
-    pub(super) fn new() -> std::io::Result<Control> {
+    pub(super) fn new(ring: &Ring) -> Result<Control, TcpError> {
         Ok(Control {
             queued: Vec::with_capacity(CONTROL_QUEUE_BYTES),
             sending: Vec::with_capacity(CONTROL_QUEUE_BYTES),
             sent: 0,
             send_in_flight: false,
-            buffer: MmapMut::map_anon(RECEIVE_BYTES)?,
-            filled: 0,
+            provided: Provided::new(ring)?,
+            partial: Vec::with_capacity(RECEIVED_BYTES),
             receive_in_flight: false,
         })
     }
@@ -82,22 +86,16 @@ impl Control {
         Ok(())
     }
 
-    /// Starts receiving into the free part of the buffer, unless it is being done.
+    /// Starts receiving, unless it is being done.
     pub(super) fn start_receive(&mut self, ring: &mut Ring, fd: RawFd) -> std::io::Result<()> {
         if self.receive_in_flight {
             return Ok(());
         }
-        let free = &mut self.buffer[self.filled..];
-        assert!(
-            !free.is_empty(),
-            "a whole message was left in the control buffer"
-        );
-        let entry = opcode::Recv::new(types::Fd(fd), free.as_mut_ptr(), free.len() as u32)
+        let entry = opcode::RecvMulti::new(types::Fd(fd), GROUP)
             .build()
             .user_data(Token::ControlReceive as u64);
-        // SAFETY: the part behind `filled` is neither read nor written while `receive_in_flight`
-        // is set, and the mapping lives until then: the link leaks this struct if it can't wait
-        // for the kernel.
+        // SAFETY: the operation names no memory but that of `provided`, of which nobody uses what
+        // is with the kernel, and which the link leaks if it can't wait for the kernel.
         unsafe { ring.push(&entry) }?;
         self.receive_in_flight = true;
         Ok(())
@@ -115,28 +113,57 @@ impl Control {
     /// Takes what has arrived and hands whole messages to `sink`.
     pub(super) fn received(
         &mut self,
-        result: i32,
+        completion: &cqueue::Entry,
+        sink: impl FnMut(&[u8]),
+    ) -> Result<(), LossKind> {
+        self.receive_in_flight = cqueue::more(completion.flags());
+        let buffer = cqueue::buffer_select(completion.flags());
+        let done = match completion.result() {
+            // Every buffer was full at once; all of them are given back by now.
+            error if error == -libc::ENOBUFS => Ok(()),
+            result => match (outcome(result)?, buffer) {
+                (Outcome::Bytes(bytes @ 1..), Some(buffer)) => self.take(buffer, bytes, sink),
+                (Outcome::Bytes(_), _) => Err(LossKind::Fin),
+                (Outcome::Again, _) => Ok(()),
+            },
+        };
+        if let Some(buffer) = buffer {
+            self.provided.give_back(buffer);
+        }
+        done
+    }
+
+    fn take(
+        &mut self,
+        buffer: u16,
+        bytes: usize,
         mut sink: impl FnMut(&[u8]),
     ) -> Result<(), LossKind> {
-        self.receive_in_flight = false;
-        match outcome(result)? {
-            Outcome::Bytes(0) => return Err(LossKind::Fin),
-            Outcome::Bytes(bytes) => self.filled += bytes,
-            Outcome::Again => return Ok(()),
+        let arrived = self.provided.bytes(buffer, bytes);
+        if self.partial.is_empty() {
+            let rest = split_messages(arrived, &mut sink)?;
+            self.partial.extend_from_slice(rest);
+        } else {
+            self.partial.extend_from_slice(arrived);
+            let left = split_messages(&self.partial, &mut sink)?.len();
+            self.partial.drain(..self.partial.len() - left);
         }
-        let mut rest = &self.buffer[..self.filled];
-        while let Some((prefix, body)) = rest.split_first_chunk() {
-            let length = decode_message_length(*prefix)
-                .map_err(|error| LossKind::Protocol(error.to_string()))?;
-            let Some((message, behind)) = body.split_at_checked(length) else {
-                break;
-            };
-            sink(message);
-            rest = behind;
-        }
-        let left = rest.len();
-        self.buffer.copy_within(self.filled - left..self.filled, 0);
-        self.filled = left;
         Ok(())
     }
+}
+
+/// Hands the whole messages at the beginning of `bytes` to `sink` and returns what is behind them:
+/// less than a message.
+fn split_messages<'a>(bytes: &'a [u8], sink: &mut impl FnMut(&[u8])) -> Result<&'a [u8], LossKind> {
+    let mut rest = bytes;
+    while let Some((prefix, body)) = rest.split_first_chunk::<MESSAGE_PREFIX_BYTES>() {
+        let length = decode_message_length(*prefix)
+            .map_err(|error| LossKind::Protocol(error.to_string()))?;
+        let Some((message, behind)) = body.split_at_checked(length) else {
+            break;
+        };
+        sink(message);
+        rest = behind;
+    }
+    Ok(rest)
 }

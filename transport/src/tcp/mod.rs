@@ -15,6 +15,7 @@ pub mod frame;
 mod link;
 mod listen;
 pub mod preamble;
+mod provided;
 mod ring;
 mod socket;
 mod zero_copy;
