@@ -35,8 +35,8 @@ pub struct RamBlock {
     pub qemu_name: String,
     /// The used length, rounded up to whole pages.
     pub bytes: u64,
-    /// The guest can't write it. False where QEMU does not say (before 8.1): such a block is
-    /// treated like any other, which is always right.
+    /// The guest can't write it. QEMU can (it builds the ACPI tables anew when the guest reboots), so
+    /// it is tracked like any other block. False where QEMU does not say, before 8.1.
     pub read_only: bool,
     pub backing: Backing,
 }

@@ -4,7 +4,17 @@ use super::options::{Keys, QemuOption, parse_options};
 
 /// Options that only open ways out, or files of the host, and that the guest can't see.
 const DROPPED: [&str; 12] = [
-    "qmp", "qmp-pretty", "mon", "pidfile", "vnc", "spice", "display", "D", "trace", "gdb", "s",
+    "qmp",
+    "qmp-pretty",
+    "mon",
+    "pidfile",
+    "vnc",
+    "spice",
+    "display",
+    "D",
+    "trace",
+    "gdb",
+    "s",
     "incoming",
 ];
 
@@ -12,7 +22,9 @@ const DROPPED: [&str; 12] = [
 /// nowhere, networks are restricted to themselves, disks are not written, the main RAM is left
 /// for the caller to add.
 pub fn cut_off(argv: &[String]) -> Vec<String> {
-    let Some((program, words)) = argv.split_first() else { return Vec::new() };
+    let Some((program, words)) = argv.split_first() else {
+        return Vec::new();
+    };
     let mut options: Vec<QemuOption> = parse_options(words).into_iter().filter_map(cut).collect();
     options.push(QemuOption::new("display", "none"));
     options.push(QemuOption::flag("snapshot"));
@@ -28,10 +40,14 @@ fn cut(option: QemuOption) -> Option<QemuOption> {
     Some(match option.name.as_str() {
         "serial" | "parallel" | "debugcon" => QemuOption::new(&option.name, "null"),
         "monitor" => QemuOption::new("monitor", "none"),
-        "chardev" => QemuOption::new("chardev", &format!("null,id={}", id(&option.keys("backend")))),
-        "netdev" => {
-            QemuOption::new("netdev", &format!("user,id={},restrict=on", id(&option.keys("type"))))
-        }
+        "chardev" => QemuOption::new(
+            "chardev",
+            &format!("null,id={}", id(&option.keys("backend"))),
+        ),
+        "netdev" => QemuOption::new(
+            "netdev",
+            &format!("user,id={},restrict=on", id(&option.keys("type"))),
+        ),
         "machine" | "M" => {
             let mut keys = option.keys("type");
             keys.remove("memory-backend");

@@ -1,10 +1,12 @@
 //! Starting a QEMU with the options that protection needs, and holding on to its process.
 
+mod collisions;
 mod command;
 mod cut_off;
 mod options;
 mod process;
 
+pub use collisions::find_collisions;
 pub use command::{
     Added, CommandError, OLDEST_QEMU, Prepared, QemuVersion, RamSource, Role, prepare, shell_quote,
 };
