@@ -99,10 +99,6 @@ pub(crate) struct Options {
     /// Use the QEMU that has this QMP socket, instead of starting one.
     #[arg(long, value_name = "SOCKET")]
     pub(crate) qmp: Option<PathBuf>,
-    /// That QEMU's process id, if something sits between it and the socket [default: whoever
-    /// made the socket].
-    #[arg(long, value_name = "PID")]
-    pub(crate) qemu_pid: Option<i32>,
     /// The VM's name, the same on both sides [default: QEMU's -name, else `vm`].
     #[arg(long, value_name = "NAME")]
     pub(crate) vm_id: Option<String>,
@@ -265,10 +261,15 @@ impl Options {
 
     /// These, and from `file` what they leave open.
     pub(crate) fn or(self, file: Options) -> Options {
+        // Where QEMU comes from is one decision: a socket here overrules a line there.
+        let source_here = self.qmp.is_some() || !self.qemu.is_empty();
+        let (qmp, qemu) =
+            if source_here { (self.qmp, self.qemu) } else { (file.qmp, file.qemu) };
         Options {
             mode: self.mode.or(file.mode),
             listen: self.listen.or(file.listen),
             peer: self.peer.or(file.peer),
+            qmp,
             vm_id: self.vm_id.or(file.vm_id),
             epoch_ms: self.epoch_ms.or(file.epoch_ms),
             heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),
@@ -284,19 +285,9 @@ impl Options {
             allow_unauthenticated: self.allow_unauthenticated || file.allow_unauthenticated,
             allow_unreplicated_disks: self.allow_unreplicated_disks
                 || file.allow_unreplicated_disks,
-            // Where QEMU comes from is one decision: a socket here overrules a line there.
-            ..if self.qmp.is_some() || !self.qemu.is_empty() {
-                Options { qmp: self.qmp, qemu: self.qemu, qemu_pid: self.qemu_pid, ..file_rest() }
-            } else {
-                let qemu_pid = self.qemu_pid.or(file.qemu_pid);
-                Options { qmp: file.qmp, qemu: file.qemu, qemu_pid, ..file_rest() }
-            }
+            qemu,
         }
     }
-}
-
-fn file_rest() -> Options {
-    Options::default()
 }
 
 #[cfg(test)]

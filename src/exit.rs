@@ -3,8 +3,6 @@
 use std::io::ErrorKind;
 use std::process::ExitCode;
 
-use ft_core::{backup, primary};
-
 /// How the program ended. The numbers are promised to scripts: they never change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -53,33 +51,11 @@ impl Exit {
         }
         Exit::Other
     }
-
-    pub(crate) fn of_primary(end: &primary::End) -> Exit {
-        use primary::End;
-        match end {
-            End::Detached | End::PoweredOff | End::SwitchedOver { .. } => Exit::Clean,
-            End::FailedOver { .. } => Exit::FailedOver,
-            End::Lost(_) => Exit::Lost,
-            End::Refused { .. } => Exit::Refused,
-        }
-    }
-
-    pub(crate) fn of_backup(end: &backup::End) -> Exit {
-        use backup::End;
-        match end {
-            End::StoodDown | End::PoweredOff => Exit::Clean,
-            End::Failed(_) | End::NothingToActivate(_) => Exit::Lost,
-        }
-    }
-
-    pub(crate) fn code(self) -> u8 {
-        self as u8
-    }
 }
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> ExitCode {
-        ExitCode::from(exit.code())
+        ExitCode::from(exit as u8)
     }
 }
 
@@ -107,7 +83,6 @@ fn is_refusal(cause: Cause<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use anyhow::{Context, anyhow};
-    use ft_core::Term;
 
     use super::*;
 
@@ -139,33 +114,7 @@ mod tests {
             Exit::Privilege,
         ];
         for exit in all {
-            assert!(TABLE.contains(&format!("\n  {}  ", exit.code())), "{exit:?}");
+            assert!(TABLE.contains(&format!("\n  {}  ", exit as u8)), "{exit:?}");
         }
-    }
-
-    #[test]
-    fn a_failover_is_not_a_clean_end() {
-        let term = Term(2);
-        assert_eq!(Exit::of_primary(&primary::End::FailedOver { term }), Exit::FailedOver);
-        assert_eq!(Exit::of_primary(&primary::End::SwitchedOver { term }), Exit::Clean);
-        assert_eq!(Exit::of_primary(&primary::End::Lost("q".into())).code(), 5);
-        assert_eq!(Exit::of_backup(&backup::End::StoodDown).code(), 0);
-        assert_eq!(Exit::of_backup(&backup::End::NothingToActivate("q".into())).code(), 5);
-    }
-}
-
-impl Exit {
-    /// Set-up errors are refusals, unless a privilege is what is missing.
-    pub(crate) fn of(error: &anyhow::Error) -> Exit {
-        let is_privilege = |cause: &(dyn std::error::Error + 'static)| {
-            let denied = std::io::ErrorKind::PermissionDenied;
-            let io = cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == denied);
-            let tracker = matches!(
-                cause.downcast_ref::<qemu_bridge::tracker::TrackerError>(),
-                Some(qemu_bridge::tracker::TrackerError::NotPermitted { .. })
-            );
-            io || tracker
-        };
-        if error.chain().any(is_privilege) { Exit::Privilege } else { Exit::Refused }
     }
 }

@@ -65,7 +65,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     let signals = Signals::block()?;
     let store = StateStore::open(&settings.state_dir, &settings.vm_id, "primary")?;
     let (nursery, born) = match &settings.source {
-        QemuSource::Attach { qmp } => (None, attach(qmp)?),
+        QemuSource::Attach { qmp, .. } => (None, attach(qmp)?),
         QemuSource::Spawn { argv } => {
             let mut nursery = Nursery::new(argv.clone())?;
             if settings.dry_run {
@@ -146,7 +146,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     let listener = TcpListener::bind(listen, &TcpConfig::default())
         .with_context(|| format!("listening on {listen}"))?;
     let (mut nursery, mut born) = match &settings.source {
-        QemuSource::Attach { qmp } => (None, attach(qmp)?),
+        QemuSource::Attach { qmp, .. } => (None, attach(qmp)?),
         QemuSource::Spawn { argv } => {
             let mut nursery = Nursery::new(argv.clone())?;
             if settings.dry_run {
