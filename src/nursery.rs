@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use ft_core::shape::MAIN_RAM;
-use qemu_bridge::blocks::{Backing, RamBlock, ram_blocks};
+use qemu_bridge::blocks::{Backing, RamBlock, ram_blocks, ram_blocks_of_copy};
 use qemu_bridge::qmp::Qmp;
 use qemu_bridge::spawn::{
     GuestOutput, Prepared, QemuProcess, QemuVersion, RamSource, Role, SpawnOptions, prepare,
@@ -143,7 +143,7 @@ impl Nursery {
         self.argv = all;
         let Born { process, mut qmp } = start(&prepared?, GuestOutput::Discard)?;
         prepare_standby(&mut qmp, ANSWER_PATIENCE)?;
-        let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
+        let blocks = ram_blocks_of_copy(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
         Ok((Standby::new(qmp, process), blocks))
     }
 }

@@ -112,14 +112,15 @@ impl StandbyRam {
         self.poke(pid, blocks)
     }
 
-    /// Writes the image's bytes into the private blocks of another QEMU.
+    /// Writes the image's bytes into another QEMU, block by block where the standby itself has
+    /// private ones; the others it maps from the same file.
     ///
     /// # Errors
     /// They can't be written.
     pub fn poke(&self, pid: i32, blocks: &[RamBlock]) -> Result<(), RamError> {
         let mut buffer = vec![0; POKE_BYTES];
         for (region, block) in self.regions.iter().zip(blocks) {
-            let Some(address) = private_address(block) else {
+            let (Some(_), Some(address)) = (region.private_at, private_address(block)) else {
                 continue;
             };
             let mut offset = 0;

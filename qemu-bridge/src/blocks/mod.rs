@@ -124,6 +124,34 @@ pub fn ram_blocks(
     pid: i32,
     timeout: Duration,
 ) -> Result<Vec<RamBlock>, BlocksError> {
+    find_blocks(qmp, pid, timeout, PrivateFiles::Refused)
+}
+
+/// As [`ram_blocks`], of a QEMU that runs on a private copy of somebody else's RAM.
+///
+/// # Errors
+/// As [`ram_blocks`].
+pub fn ram_blocks_of_copy(
+    qmp: &mut Qmp,
+    pid: i32,
+    timeout: Duration,
+) -> Result<Vec<RamBlock>, BlocksError> {
+    find_blocks(qmp, pid, timeout, PrivateFiles::Allowed)
+}
+
+/// Whether a file may be mapped privately: what is written then never reaches the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PrivateFiles {
+    Refused,
+    Allowed,
+}
+
+fn find_blocks(
+    qmp: &mut Qmp,
+    pid: i32,
+    timeout: Duration,
+    private_files: PrivateFiles,
+) -> Result<Vec<RamBlock>, BlocksError> {
     let listed = parse_listing(&qmp.human("info ramblock", timeout)?)?;
     let main = main_ram_name(qmp, timeout)?;
     let mappings = Mappings::read(pid)?;
@@ -137,7 +165,7 @@ pub fn ram_blocks(
             name: canonical_name(&block.name, main.as_deref()),
             bytes: block.used_bytes.next_multiple_of(PAGE),
             read_only: block.read_only.unwrap_or(false),
-            backing: find_backing(pid, &block, address, &mappings)?,
+            backing: find_backing(pid, &block, address, &mappings, private_files)?,
             qemu_name: block.name,
         });
     }
@@ -178,6 +206,7 @@ fn find_backing(
     block: &ListedBlock,
     address: u64,
     mappings: &Mappings,
+    private_files: PrivateFiles,
 ) -> Result<Backing, BlocksError> {
     let mapping = mappings
         .covering(address, block.used_bytes.next_multiple_of(PAGE))
@@ -185,7 +214,7 @@ fn find_backing(
             name: block.name.clone(),
             why: format!("nothing is mapped for all of it at {address:#x}"),
         })?;
-    if !mapping.is_file() {
+    if !mapping.is_file() || (!mapping.shared && private_files == PrivateFiles::Allowed) {
         return Ok(Backing::Private {
             host_address: address,
         });
