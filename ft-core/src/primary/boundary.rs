@@ -4,6 +4,7 @@
 //! the network. A step that fails ends the boundary: the guest goes on, the dirt goes back.
 
 use super::closing::Closing;
+use super::commands::Kind;
 use super::push::Inflight;
 use super::{Action, GateState, Harvest, Primary, Protection, Report, Step};
 use crate::types::{Epoch, EpochKind, Micros, RunState};
@@ -134,6 +135,7 @@ impl Primary {
     }
 
     pub(super) fn on_paused(&mut self) {
+        self.commands.replied(Kind::Stop);
         if self.hold.pauses_pending > 0 {
             self.hold.pauses_pending -= 1;
             return;
@@ -230,13 +232,12 @@ impl Primary {
     }
 
     pub(super) fn on_resumed(&mut self) {
+        self.commands.replied(Kind::Cont);
         if self.hold.resumes_pending > 0 {
             self.hold.resumes_pending -= 1;
-            self.own_resumes = 0;
             return;
         }
         if self.sync.as_mut().is_some_and(super::Sync::resumed) {
-            (self.own_stops, self.own_resumes) = (0, 0);
             return;
         }
         let Some(boundary) = &mut self.boundary else {
@@ -253,8 +254,6 @@ impl Primary {
         let Some(boundary) = self.boundary.take() else {
             return;
         };
-        // The events of a command come before its reply: what is still expected never comes.
-        (self.own_stops, self.own_resumes) = (0, 0);
         self.failures = 0;
         if resumed && let Some(inflight) = &mut self.inflight {
             inflight.resumed = Some((self.now, self.now.since(boundary.started)));
@@ -274,11 +273,24 @@ impl Primary {
                 self.report(Report::Error(text));
                 return self.abandon_inflight();
             }
-            Step::Pause if self.hold.pauses_pending > 0 => self.hold.pauses_pending -= 1,
-            Step::Resume if self.hold.resumes_pending > 0 => self.hold.resumes_pending -= 1,
-            Step::Pause => self.own_stops = 0,
+            Step::Pause => {
+                self.commands.replied(Kind::Stop);
+                self.stopped_by_us = false;
+                if self.hold.pauses_pending > 0 {
+                    self.hold.pauses_pending -= 1;
+                    return self.report(Report::Error(text));
+                }
+            }
+            Step::Resume => {
+                self.commands.replied(Kind::Cont);
+                self.on_resume_failed();
+                if self.hold.resumes_pending > 0 {
+                    self.hold.resumes_pending -= 1;
+                    return self.report(Report::Error(text));
+                }
+            }
             Step::Harvest => self.worker_jobs -= 1,
-            Step::Save | Step::Gate | Step::Resume => {}
+            Step::Save | Step::Gate => {}
         }
         if self.sync.as_ref().is_some_and(super::Sync::arming) {
             return self.on_sync_failed(text);
@@ -294,7 +306,14 @@ impl Primary {
             Step::Save => boundary.save = false,
             Step::Harvest => boundary.harvest = false,
             Step::Gate => boundary.gate = false,
-            Step::Resume => boundary.resume = false,
+            Step::Resume => {
+                boundary.resume = false;
+                if !boundary.aborted {
+                    // The epoch is whole; only the guest has to be resumed again.
+                    self.report(Report::Error(text));
+                    return self.end_boundary(true);
+                }
+            }
             Step::Seal | Step::Arm | Step::Round => {}
         }
         self.abort_boundary(text);
@@ -323,7 +342,6 @@ impl Primary {
 
     fn end_aborted(&mut self) {
         self.boundary = None;
-        (self.own_stops, self.own_resumes) = (0, 0);
         self.failures += 1;
         let backoff = RETRY_MIN
             .saturating_mul(1 << self.failures.min(8))
@@ -335,10 +353,13 @@ impl Primary {
     /// Gives up an epoch that was not acknowledged. If part of it may be on its way, the link
     /// goes with it: the next hello settles what the backup has.
     fn abandon_inflight(&mut self) {
-        let Some(inflight) = self.inflight.take_if(|i| !i.last_ready) else {
+        if self.inflight.as_ref().is_some_and(|i| i.last_ready) {
             // All of it may have arrived: whether it counts is the backup's to say.
             return self
                 .break_link("whether the epoch counts is settled by a new hello".to_owned());
+        }
+        let Some(inflight) = self.inflight.take() else {
+            return; // given up already, with the backup
         };
         if inflight.kind == EpochKind::Full {
             self.next_kind = EpochKind::Full;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::session::{LinkState, RETRY_FAST};
 use super::{Action, End, Primary, Report};
 use crate::types::{Epoch, Micros};
 use crate::wire::{Farewell, Message};
@@ -14,8 +15,10 @@ const ACTIVATION_PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Closing {
     kind: Kind,
-    /// The message is out; until when an answer is waited for.
-    asked: Option<Micros>,
+    /// The message is out, on this link.
+    sent: bool,
+    /// How long an answer, or a link to ask on, is waited for.
+    until: Option<Micros>,
 }
 
 #[derive(Debug)]
@@ -31,14 +34,16 @@ impl Closing {
     pub(super) fn detach(end: End) -> Closing {
         Closing {
             kind: Kind::Detach(end),
-            asked: None,
+            sent: false,
+            until: None,
         }
     }
 
     pub(super) fn switchover() -> Closing {
         Closing {
             kind: Kind::Switchover,
-            asked: None,
+            sent: false,
+            until: None,
         }
     }
 
@@ -47,11 +52,11 @@ impl Closing {
     }
 
     pub(super) fn allows_boundary(&self) -> bool {
-        self.is_switchover() && self.asked.is_none()
+        self.is_switchover() && !self.sent
     }
 
     pub(super) fn deadline(&self) -> Option<Micros> {
-        self.asked
+        self.until
     }
 }
 
@@ -65,14 +70,15 @@ impl Primary {
     pub(super) fn switchover_wanted(&self) -> bool {
         self.closing
             .as_ref()
-            .is_some_and(|c| c.is_switchover() && c.asked.is_none())
+            .is_some_and(|c| c.is_switchover() && !c.sent)
     }
 
     pub(super) fn on_shutdown(&mut self) {
         self.guest_running = false;
         self.closing = Some(Closing {
             kind: Kind::PoweredOff,
-            asked: None,
+            sent: false,
+            until: None,
         });
     }
 
@@ -89,14 +95,15 @@ impl Primary {
         }
         self.closing = Some(Closing {
             kind: Kind::QemuDied(text),
-            asked: None,
+            sent: false,
+            until: None,
         });
     }
 
     /// Sends the last word when nothing is under way that it could overtake.
     pub(super) fn advance_closing(&mut self) {
         let Some(closing) = &self.closing else { return };
-        if closing.asked.is_some() || self.finished {
+        if closing.sent || self.finished {
             return;
         }
         let (up, backup_matters) = (self.link.is_up(), self.backup_may_activate);
@@ -119,7 +126,8 @@ impl Primary {
             Kind::QemuDied(text) if up && backup_matters => {
                 let text = text.clone();
                 self.send(self.acknowledged, &Message::QemuDied { text });
-                self.wait_until(ACTIVATION_PATIENCE);
+                self.activation_ordered = true;
+                self.sent(ACTIVATION_PATIENCE);
             }
             Kind::QemuDied(_) if backup_matters => {
                 self.wait_until(self.config.lease + ACTIVATION_PATIENCE);
@@ -129,7 +137,8 @@ impl Primary {
                 // The last epoch leaves the guest fenced; its release ends it.
                 if self.hold.fenced && self.boundary.is_none() && self.inflight.is_none() && up {
                     self.send(self.acknowledged, &Message::Switchover);
-                    self.wait_until(ACTIVATION_PATIENCE);
+                    self.activation_ordered = true;
+                    self.sent(ACTIVATION_PATIENCE);
                 }
             }
         }
@@ -138,18 +147,38 @@ impl Primary {
     fn say_farewell(&mut self, why: Farewell) {
         let run_state = self.run_state();
         self.send(Epoch::NONE, &Message::Farewell { why, run_state });
-        self.wait_until(FAREWELL_PATIENCE);
+        self.sent(FAREWELL_PATIENCE);
     }
 
+    fn sent(&mut self, patience: Duration) {
+        let until = self.now + patience;
+        if let Some(closing) = &mut self.closing {
+            closing.sent = true;
+            closing.until = Some(until);
+        }
+    }
+
+    /// No link to ask on: gives up some time, if nothing else ends the wait.
     fn wait_until(&mut self, patience: Duration) {
         let until = self.now + patience;
         if let Some(closing) = &mut self.closing {
-            closing.asked = Some(until);
+            closing.until.get_or_insert(until);
+        }
+    }
+
+    /// The link is gone, and perhaps our last word with it: it is said again on the next one.
+    pub(super) fn unsay_closing(&mut self) {
+        if let Some(closing) = self.closing.as_mut().filter(|c| !c.is_switchover()) {
+            closing.sent = false;
         }
     }
 
     pub(super) fn on_farewell_ack(&mut self) {
-        if self.closing.as_ref().is_some_and(|c| c.asked.is_some()) {
+        if matches!(self.link, LinkState::Clearing { .. }) {
+            return self.drop_link(RETRY_FAST);
+        }
+        let answered = |c: &Closing| c.sent && matches!(c.kind, Kind::Detach(_) | Kind::PoweredOff);
+        if self.closing.as_ref().is_some_and(answered) {
             self.end_closing();
         }
     }
@@ -158,12 +187,11 @@ impl Primary {
         let Some(closing) = &mut self.closing else {
             return;
         };
-        if closing.asked.is_none_or(|until| self.now < until) {
+        if closing.until.is_none_or(|until| self.now < until) {
             return;
         }
         match &closing.kind {
             Kind::Detach(_) => {
-                closing.asked = None;
                 let text = "the backup did not confirm the end; it may take over, so the guest \
                             stays protected: try again, or say continue first";
                 self.report(Report::Error(text.to_owned()));

@@ -1,6 +1,8 @@
 //! The lease, the fence, and the end of a QEMU.
 
 use super::closing::Closing;
+use super::commands::Kind;
+use super::session::RETRY_SLOW;
 use super::{Action, Command, End, OnBackupLoss, Primary, Report};
 use crate::types::{Epoch, Micros};
 use crate::wire::Message;
@@ -27,10 +29,10 @@ impl Primary {
 
     fn fence(&mut self) {
         // First of all: what comes after may take time.
-        self.act(Action::FenceVm);
+        self.fence_vm();
         self.hold.fenced = true;
         self.report(Report::Fenced);
-        if self.link.is_up() {
+        if self.link.is_heard() {
             self.break_link("the lease is over".to_owned());
         }
     }
@@ -40,8 +42,19 @@ impl Primary {
         if self.hold.fenced {
             self.hold.fenced = false;
             self.report(Report::Unfenced);
-            self.resume_if_free();
         }
+    }
+
+    pub(super) fn fence_vm(&mut self) {
+        self.stopped_by_us = true;
+        self.commands.sent(Kind::Fence);
+        self.act(Action::FenceVm);
+    }
+
+    /// Whether a backup that is dead now can have activated before, and spoken to the world: a
+    /// lease that has run out, or an order of ours, allowed it to.
+    pub(super) fn may_have_activated(&self) -> bool {
+        self.backup_may_activate && (self.activation_ordered || self.now >= self.lease.ends())
     }
 
     pub(super) fn on_command(&mut self, command: Command) {
@@ -57,6 +70,7 @@ impl Primary {
             }
             Command::Continue => {
                 let text = "the operator said continue: the backup may have activated";
+                self.break_link("the operator said continue".to_owned());
                 self.go_unprotected(false, text.to_owned());
             }
             Command::Rehearse => {
@@ -72,6 +86,7 @@ impl Primary {
 
     pub(super) fn on_stand_down(&mut self) {
         self.send(Epoch::NONE, &Message::FarewellAck);
+        self.drop_link(RETRY_SLOW);
         self.go_unprotected(true, "the backup stood down".to_owned());
     }
 

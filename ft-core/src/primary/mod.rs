@@ -14,12 +14,14 @@
 mod api;
 mod boundary;
 mod closing;
+mod commands;
 mod loss;
 mod push;
 mod session;
 mod sync;
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 pub use api::*;
 
@@ -28,6 +30,7 @@ use crate::types::{Epoch, EpochKind, Micros, RunState, Term};
 use crate::wire::{self, Frame, Message};
 use boundary::Boundary;
 use closing::Closing;
+use commands::Commands;
 use push::{Inflight, PushQueue};
 use session::LinkState;
 use sync::Sync;
@@ -52,6 +55,8 @@ pub struct Primary {
     /// The last chunk of an epoch has left: from here on only a proof says that the backup
     /// can't activate.
     backup_may_activate: bool,
+    /// It was told to activate, and has not said since that it did not.
+    activation_ordered: bool,
     acknowledged: Epoch,
     acknowledged_boundary: Option<Micros>,
     /// What the next epoch must carry.
@@ -72,9 +77,11 @@ pub struct Primary {
     /// The run state that the backup's last epoch has; a difference is worth an epoch.
     run_state_sent: Option<RunState>,
     hold: Hold,
-    /// STOP and RESUME events that our own commands will cause.
-    own_stops: u32,
-    own_resumes: u32,
+    /// Our last command to QEMU was to stop; whoever has no reason left to hold it resumes it.
+    stopped_by_us: bool,
+    /// `cont` has failed: when to try again.
+    resume_retry: Option<Micros>,
+    commands: Commands,
     failures: u32,
 }
 
@@ -88,6 +95,9 @@ struct Hold {
     pauses_pending: u32,
     resumes_pending: u32,
 }
+
+/// A guest whose `cont` has failed stands still until another one works.
+const RESUME_RETRY: Duration = Duration::from_millis(200);
 
 impl Primary {
     pub fn new(config: PrimaryConfig, vm: PrimaryVm, now: Micros) -> Primary {
@@ -115,8 +125,10 @@ impl Primary {
             guest_running: vm.running,
             run_state_sent: None,
             hold: Hold::default(),
-            own_stops: 0,
-            own_resumes: 0,
+            stopped_by_us: false,
+            resume_retry: None,
+            commands: Commands::default(),
+            activation_ordered: false,
             failures: 0,
             actions: VecDeque::new(),
             now,
@@ -183,10 +195,11 @@ impl Primary {
         [
             self.lease_deadline(),
             self.connect_deadline(),
-            self.link.is_up().then_some(self.next_heartbeat),
+            self.link.is_heard().then_some(self.next_heartbeat),
             self.throttle_deadline(),
             self.closing.as_ref().and_then(Closing::deadline),
             self.boundary_possible().then_some(self.next_boundary),
+            self.resume_retry.filter(|_| self.resume_wanted()),
         ]
         .into_iter()
         .flatten()
@@ -213,6 +226,7 @@ impl Primary {
         self.pump();
         self.advance_closing();
         self.advance_sync();
+        self.resume_if_free();
         if self.boundary_possible() && self.now >= self.next_boundary {
             self.start_boundary();
         }
@@ -257,12 +271,14 @@ impl Primary {
     }
 
     fn pause_vm(&mut self) {
-        self.own_stops += 1;
+        self.stopped_by_us = true;
+        self.commands.sent(commands::Kind::Stop);
         self.act(Action::PauseVm);
     }
 
     fn resume_vm(&mut self) {
-        self.own_resumes += 1;
+        self.stopped_by_us = false;
+        self.commands.sent(commands::Kind::Cont);
         self.act(Action::ResumeVm);
     }
 
@@ -284,31 +300,49 @@ impl Primary {
         if throttled {
             self.hold.pauses_pending += 1;
             self.pause_vm();
-        } else {
-            self.resume_if_free();
         }
     }
 
-    /// Lets the guest run again if nothing else holds it.
+    /// We have stopped the guest, and nothing of ours holds it any more.
+    fn resume_wanted(&self) -> bool {
+        let arming = self.sync.as_ref().is_some_and(Sync::arming);
+        self.stopped_by_us
+            && self.guest_running
+            && !self.held()
+            && !self.hold_pending()
+            && self.boundary.is_none()
+            && !arming
+    }
+
+    /// Lets the guest run again if nothing holds it.
     fn resume_if_free(&mut self) {
-        if self.guest_running && !self.held() && self.boundary.is_none() {
+        let due = self.resume_retry.is_none_or(|at| self.now >= at);
+        if due && !self.finished && self.resume_wanted() {
+            self.resume_retry = None;
             self.hold.resumes_pending += 1;
             self.resume_vm();
         }
     }
 
+    fn on_resume_failed(&mut self) {
+        self.stopped_by_us = true;
+        self.resume_retry = Some(self.now + RESUME_RETRY);
+    }
+
     fn on_qemu(&mut self, event: QemuEvent) {
         match event {
-            QemuEvent::Stopped if self.own_stops > 0 => self.own_stops -= 1,
-            QemuEvent::Stopped if self.hold.fenced => {}
             QemuEvent::Stopped => {
-                if self.guest_running {
+                let ours = self.commands.stopped() || self.hold.fenced;
+                if !ours && self.guest_running {
                     self.guest_running = false;
                     self.report(Report::GuestStopped);
                 }
             }
-            QemuEvent::Resumed if self.own_resumes > 0 => self.own_resumes -= 1,
-            QemuEvent::Resumed => self.on_foreign_resume(),
+            QemuEvent::Resumed => {
+                if !self.commands.resumed() {
+                    self.on_foreign_resume();
+                }
+            }
             QemuEvent::Shutdown => self.on_shutdown(),
             QemuEvent::Gone(text) => self.on_qemu_gone(text),
         }
@@ -321,7 +355,10 @@ impl Primary {
             self.report(Report::GuestResumed);
         }
         if self.hold.fenced {
-            self.act(Action::FenceVm);
+            self.fence_vm();
+        } else if self.hold.throttled {
+            self.hold.pauses_pending += 1;
+            self.pause_vm();
         }
         if self.boundary.as_ref().is_some_and(|b| !b.resume_asked()) {
             self.abort_boundary("somebody else resumed the guest during a boundary".to_owned());

@@ -145,7 +145,9 @@ impl Primary {
         if kind == EpochKind::Full && self.protection == Protection::Tainted {
             self.set_protection(Protection::Protected);
         }
-        self.on_first_ack(epoch);
+        if self.protection == Protection::Syncing {
+            self.on_first_ack(epoch);
+        }
         self.act(Action::DropDirt);
         self.act(Action::Release(epoch));
         if self.hold.throttled {
@@ -213,6 +215,9 @@ impl Primary {
 
     /// The backup's image is not to be trusted until a full epoch is acknowledged.
     pub(super) fn taint(&mut self, text: String, kind: EpochKind) {
+        if !matches!(self.protection, Protection::Protected | Protection::Tainted) {
+            return; // there is no image that could be wrong
+        }
         if kind == EpochKind::Full {
             self.next_kind = EpochKind::Full;
         }

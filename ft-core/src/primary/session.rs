@@ -6,8 +6,8 @@ use super::{Action, End, GateState, LinkDown, Primary, Protection, Report};
 use crate::types::{Epoch, EpochKind, Micros, Term};
 use crate::wire::{self, Farewell, Hello, Message, PROTOCOL_VERSION, RefusalCode, Role, features};
 
-const RETRY_FAST: Duration = Duration::from_millis(100);
-const RETRY_SLOW: Duration = Duration::from_secs(1);
+pub(super) const RETRY_FAST: Duration = Duration::from_millis(100);
+pub(super) const RETRY_SLOW: Duration = Duration::from_secs(1);
 /// A backup that accepts a connection and then says nothing is not one.
 const GREETING_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -24,12 +24,21 @@ pub(super) enum LinkState {
     Settling {
         backup_has: Epoch,
     },
+    /// The backup has an image that we don't go by any more; it was told to forget it.
+    Clearing {
+        until: Micros,
+    },
     Up,
 }
 
 impl LinkState {
     pub(super) fn is_up(self) -> bool {
         self == LinkState::Up
+    }
+
+    /// The backup has answered our hello: heartbeats mean something.
+    pub(super) fn is_heard(self) -> bool {
+        matches!(self, LinkState::Settling { .. } | LinkState::Up)
     }
 
     fn is_connected(self) -> bool {
@@ -46,7 +55,7 @@ impl Primary {
     pub(super) fn connect_deadline(&self) -> Option<Micros> {
         match self.link {
             LinkState::Down { retry_at } => retry_at,
-            LinkState::Greeting { until } => Some(until),
+            LinkState::Greeting { until } | LinkState::Clearing { until } => Some(until),
             _ => None,
         }
     }
@@ -57,7 +66,7 @@ impl Primary {
         }
         match self.link {
             LinkState::Down { .. } => self.connect(),
-            _ => self.break_link("the backup did not answer the hello".to_owned()),
+            _ => self.break_link("the backup did not answer".to_owned()),
         }
     }
 
@@ -153,6 +162,8 @@ impl Primary {
         };
         self.push.reset();
         self.lease.renew(self.last_heartbeat_sent);
+        self.next_heartbeat = self.now;
+        self.on_heartbeat_timeout();
     }
 
     /// Acts on what the backup has, as soon as no boundary and no job of the worker is under
@@ -165,10 +176,19 @@ impl Primary {
         if self.boundary.is_some() || self.worker_jobs > 0 || arming || self.hold_pending() {
             return;
         }
+        self.activation_ordered = false;
+        if self.closing.take_if(|c| c.is_switchover()).is_some() {
+            let text = "switchover failed: the link was lost and the backup has not activated";
+            self.report(Report::Error(text.to_owned()));
+        }
         let pending = self.inflight.as_ref().map(|i| i.epoch);
         if backup_has == Epoch::NONE {
             self.link = LinkState::Up;
-            self.begin_sync();
+            if self.closing.is_none() {
+                self.begin_sync();
+            } else {
+                self.backup_may_activate = false;
+            }
         } else if Some(backup_has) == pending
             && self.inflight.as_ref().is_some_and(|i| i.last_ready)
         {
@@ -188,17 +208,20 @@ impl Primary {
                 }
                 self.act(Action::MergeDirt);
             }
+            self.set_throttled(false);
+        } else if self.acknowledged == Epoch::NONE {
+            // We went on without it: its image is of a guest that never was.
+            let (why, run_state) = (Farewell::Detach, self.run_state());
+            self.send(Epoch::NONE, &Message::Farewell { why, run_state });
+            self.link = LinkState::Clearing {
+                until: self.now + GREETING_PATIENCE,
+            };
+            return;
         } else {
             let acknowledged = self.acknowledged;
             return self.break_link(format!(
                 "the backup has epoch {backup_has}, but epoch {acknowledged} was acknowledged"
             ));
-        }
-        self.next_heartbeat = self.now;
-        self.on_heartbeat_timeout();
-        if self.closing.take_if(|c| c.is_switchover()).is_some() {
-            let text = "switchover failed: the link was lost and the backup has not activated";
-            self.report(Report::Error(text.to_owned()));
         }
         self.unfence();
     }
@@ -220,6 +243,13 @@ impl Primary {
             LinkDown::PeerDead => {
                 let text = "the backup's daemon and its QEMU are dead (FIN on the proof lane)";
                 self.drop_link(RETRY_SLOW);
+                if self.may_have_activated() {
+                    let text = format!(
+                        "{text}, but it may have activated before: the guest stands still until \
+                         a backup says otherwise, or an operator says continue"
+                    );
+                    return self.report(Report::Error(text));
+                }
                 self.go_unprotected(true, text.to_owned());
             }
             LinkDown::Broken(text) => {
@@ -244,8 +274,9 @@ impl Primary {
         self.drop_link(RETRY_FAST);
     }
 
-    fn drop_link(&mut self, retry: Duration) {
+    pub(super) fn drop_link(&mut self, retry: Duration) {
         self.act(Action::CloseLink);
+        self.unsay_closing();
         self.link = LinkState::Down {
             retry_at: Some(self.now + retry),
         };
@@ -268,7 +299,7 @@ impl Primary {
     }
 
     pub(super) fn on_heartbeat_timeout(&mut self) {
-        if self.link.is_up() && self.now >= self.next_heartbeat {
+        if self.link.is_heard() && self.now >= self.next_heartbeat {
             self.next_heartbeat = self.now + self.config.heartbeat;
             self.send_heartbeat();
         }
@@ -282,18 +313,19 @@ impl Primary {
 
     /// The first acknowledgement of a synchronisation starts the protection.
     pub(super) fn on_first_ack(&mut self, epoch: Epoch) {
-        let Some(sync) = self.sync.take() else { return };
         self.set_protection(Protection::Protected);
         self.act(Action::StoreTerm {
             term: self.term,
             protected: true,
         });
         self.act(Action::Guardian { armed: true });
-        let took = self.now.since(sync.began());
+        // After a loss of the link the hello acknowledges it, and the rounds are forgotten.
+        let sync = self.sync.take();
+        let began = sync.as_ref().map_or(self.now, super::Sync::began);
         self.report(Report::Synced {
             epoch,
-            rounds: sync.rounds(),
-            took,
+            rounds: sync.as_ref().map_or(0, super::Sync::rounds),
+            took: self.now.since(began),
         });
     }
 
@@ -340,6 +372,16 @@ impl Primary {
         self.acknowledged = Epoch::NONE;
         self.acknowledged_boundary = None;
         self.run_state_sent = None;
+        self.next_kind = EpochKind::Delta;
+        self.activation_ordered = false;
+        if self.inflight.take().is_some() {
+            self.act(Action::MergeDirt);
+        }
+        if self.closing.take_if(|c| c.is_switchover()).is_some() {
+            self.report(Report::Error(
+                "switchover failed: the backup is lost".to_owned(),
+            ));
+        }
         self.set_throttled(false);
         self.unfence();
     }

@@ -100,8 +100,11 @@ impl Primary {
             self.act(Action::Gate(GateState::Open));
         }
         self.set_protection(Protection::Syncing);
-        // A fence or a throttle that is still in force has paused the guest already.
-        let pause = self.guest_running && !self.held();
+        // The backup has nothing, so it can't activate: no reason to hold the guest is left. If
+        // it stands still for one, the arming uses that.
+        self.set_throttled(false);
+        self.unfence();
+        let pause = self.guest_running && !self.stopped_by_us;
         self.sync = Some(Sync {
             stage: if pause { Stage::Pausing } else { Stage::Arming },
             began: self.now,
@@ -232,10 +235,7 @@ impl Primary {
 
     pub(super) fn on_sync_failed(&mut self, text: String) {
         self.report(Report::Error(format!("synchronisation failed: {text}")));
-        let held_for_arming = self.sync.take().is_some_and(|s| s.arming());
-        if held_for_arming {
-            self.resume_if_free();
-        }
+        self.sync = None;
         self.break_link("synchronisation starts again".to_owned());
         self.link = super::session::LinkState::Down {
             retry_at: Some(self.now + RETRY),
