@@ -37,10 +37,10 @@ impl Backup {
             self.report(Report::NotActivating(format!(
                 "not activating ({cause}): {why}"
             )));
-            if self.state != State::Tainted {
-                self.peer = None;
-            }
-            return;
+            // Whether it is dead or without a QEMU: this primary will not repair anything.
+            self.discard_fill();
+            self.peer = None;
+            return self.forget_image();
         }
         let heard = self.peer.as_ref().map(|p| p.silence.last_heard());
         self.term = self.term.next();
@@ -122,10 +122,10 @@ impl Backup {
         if self.rehearsal.is_some() || self.activation.is_some() {
             return;
         }
-        self.rehearsed = true;
         if self.last_applied == Epoch::NONE {
             return self.on_rehearsed(false, "there is no complete epoch to rehearse".to_owned());
         }
+        self.rehearsed = true;
         self.rehearsal = Some(Rehearsal::Preparing);
         self.act(Action::PrepareRehearsal);
     }

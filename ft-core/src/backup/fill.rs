@@ -3,9 +3,9 @@
 //! Order, on every link: last chunk arrived → revoke → check → flip → acknowledge. The flip also
 //! waits until the epoch before it is in the standby's RAM, because its slot is needed next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Action, Backup, CheckWhen, Report, State};
+use super::{Action, Backup, CheckWhen, LinkId, Report, State};
 use crate::image::{CheckedChunk, Trailer, check_epoch};
 use crate::limits::EPOCH_CHUNKS_MAX;
 use crate::types::{ChunkId, Epoch, EpochKind, GrantToken, SlotId};
@@ -49,7 +49,15 @@ pub(super) struct SyncFill {
     outstanding: u32,
     /// Arrived, and not yet in the standby's RAM.
     unapplied: BTreeMap<ChunkId, u32>,
-    applying: u32,
+    applying: BTreeSet<ChunkId>,
+}
+
+/// A request for grants.
+#[derive(Debug)]
+pub(super) struct Asked {
+    slot: SlotId,
+    epoch: Epoch,
+    link: LinkId,
 }
 
 /// A flipped epoch that is about to be applied.
@@ -71,7 +79,7 @@ impl Backup {
             next_index: 0,
             outstanding: 0,
             unapplied: BTreeMap::new(),
-            applying: 0,
+            applying: BTreeSet::new(),
         });
         self.grant_sync();
         self.open_fill();
@@ -93,15 +101,12 @@ impl Backup {
 
     fn grant_sync(&mut self) {
         let Some(sync) = &mut self.sync else { return };
-        let busy =
-            sync.outstanding + sync.applying + u32::try_from(sync.unapplied.len()).unwrap_or(0);
+        let here = sync.applying.len() + sync.unapplied.len();
+        let busy = sync.outstanding + u32::try_from(here).unwrap_or(u32::MAX);
         if busy <= SYNC_WINDOW / 2 {
             let count = SYNC_WINDOW - busy;
             sync.outstanding += count;
-            self.act(Action::Grant {
-                slot: slot_of(Epoch::NONE),
-                count,
-            });
+            self.ask(slot_of(Epoch::NONE), Epoch::NONE, count);
         }
     }
 
@@ -114,17 +119,33 @@ impl Backup {
         }
         let count = window - fill.outstanding;
         fill.outstanding += count;
-        let slot = fill.slot;
+        let (slot, epoch) = (fill.slot, fill.epoch);
+        self.ask(slot, epoch, count);
+    }
+
+    fn ask(&mut self, slot: SlotId, epoch: Epoch, count: u32) {
+        let Some(link) = self.peer.as_ref().and_then(|p| p.link) else {
+            return;
+        };
+        self.asked.push_back(Asked { slot, epoch, link });
         self.act(Action::Grant { slot, count });
     }
 
     pub(super) fn on_granted(&mut self, slot: SlotId, grants: Vec<GrantToken>) {
-        let epoch = match (&self.fill, &self.sync) {
-            (Some(fill), _) if fill.slot == slot => fill.epoch,
-            (_, Some(_)) if slot == slot_of(Epoch::NONE) => Epoch::NONE,
-            _ => return,
+        let Some(place) = self.asked.iter().position(|a| a.slot == slot) else {
+            return;
         };
-        self.send_to_peer(epoch, &Message::Grant(GrantBatch { grants }));
+        let Some(Asked { epoch, link, .. }) = self.asked.remove(place) else {
+            return;
+        };
+        let wanted = match epoch {
+            Epoch::NONE => self.sync.is_some(),
+            epoch => self.fill.as_ref().is_some_and(|f| f.epoch == epoch),
+        };
+        // Of a link that is gone, or of a slot that was revoked meanwhile: worth nothing.
+        if wanted && self.peer.as_ref().and_then(|p| p.link) == Some(link) {
+            self.send_to_peer(epoch, &Message::Grant(GrantBatch { grants }));
+        }
     }
 
     pub(super) fn on_arrived(&mut self, chunk: ChunkId, tag: ChunkTag) {
@@ -156,9 +177,9 @@ impl Backup {
         self.act(Action::Check { chunk, frame });
     }
 
-    pub(super) fn on_sync_applied(&mut self) {
+    pub(super) fn on_sync_applied(&mut self, chunk: ChunkId) {
         if let Some(sync) = &mut self.sync {
-            sync.applying = sync.applying.saturating_sub(1);
+            sync.applying.remove(&chunk);
         }
         self.grant_sync();
     }
@@ -231,7 +252,7 @@ impl Backup {
                 self.act(Action::Free(vec![chunk]));
                 return self.break_peer("a live round's chunk that isn't one".to_owned());
             }
-            sync.applying += 1;
+            sync.applying.insert(chunk);
             return self.act(Action::ApplySync(chunk));
         }
         let Some(fill) = &mut self.fill else { return };
@@ -283,7 +304,7 @@ impl Backup {
         let sync_done = self
             .sync
             .as_ref()
-            .is_none_or(|s| s.unapplied.is_empty() && s.applying == 0);
+            .is_none_or(|s| s.unapplied.is_empty() && s.applying.is_empty());
         let free = self.applying.is_none() && self.held.is_none() && sync_done;
         if !free || self.activation.is_some() || self.standing_down.is_some() {
             return;
@@ -351,6 +372,13 @@ impl Backup {
                 chunks,
                 audit,
             });
+        }
+    }
+
+    /// Drops a flipped epoch that a rehearsal has kept from being applied.
+    pub(super) fn discard_held(&mut self) {
+        if let Some(Pending { chunks, .. }) = self.held.take() {
+            self.act(Action::Free(chunks));
         }
     }
 

@@ -24,7 +24,7 @@ pub use api::*;
 use crate::types::{Epoch, Micros, RunState, Term};
 use crate::wire::{self, Farewell, Frame, Message};
 use activate::{Activation, Rehearsal};
-use fill::{Fill, Pending, SyncFill};
+use fill::{Asked, Fill, Pending, SyncFill};
 use session::Peer;
 
 /// See the module's documentation.
@@ -45,6 +45,8 @@ pub struct Backup {
     run_state: RunState,
     fill: Option<Fill>,
     sync: Option<SyncFill>,
+    /// Grants that the driver was asked for and has not named yet, oldest first.
+    asked: VecDeque<Asked>,
     /// The epoch that the worker is applying.
     applying: Option<Epoch>,
     /// A flipped epoch whose apply a rehearsal holds up.
@@ -75,6 +77,7 @@ impl Backup {
             run_state: RunState::Running,
             fill: None,
             sync: None,
+            asked: VecDeque::new(),
             applying: None,
             held: None,
             recent_chunks: 0,
@@ -100,7 +103,7 @@ impl Backup {
             Input::Arrived { chunk, tag } => self.on_arrived(chunk, tag),
             Input::Revoked(slot) => self.on_revoked(slot),
             Input::Checked { chunk, result } => self.on_checked(chunk, result),
-            Input::SyncApplied(_) => self.on_sync_applied(),
+            Input::SyncApplied(chunk) => self.on_sync_applied(chunk),
             Input::Applied { epoch, audit } => self.on_applied(epoch, audit),
             Input::ApplyFailed { text } => self.on_apply_failed(text),
             Input::TermStored => self.on_term_stored(),

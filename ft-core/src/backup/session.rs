@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Action, Backup, LinkDown, LinkId, Reason, Report, State};
 use crate::detector::Silence;
-use crate::types::{Epoch, Session, SlotId};
+use crate::types::{Epoch, EpochKind, Session, SlotId};
 use crate::wire::{
     self, Farewell, Frame, Hello, Message, PROTOCOL_VERSION, RefusalCode, Role, WireError, features,
 };
@@ -165,6 +165,12 @@ impl Backup {
         self.send(link, self.last_flipped, &answer);
         self.report(Report::Connected);
         // A fresh link may be of another kind of memory: both slots start empty.
+        if self.state == State::Tainted {
+            // It may have been said on a link that broke before it arrived.
+            let kind = EpochKind::Full;
+            let text = "an audit or an apply failed".to_owned();
+            self.send(link, self.last_flipped, &Message::Resync { kind, text });
+        }
         if self.last_flipped == Epoch::NONE {
             self.set_state(State::Syncing);
             self.report(Report::Syncing);
@@ -304,7 +310,9 @@ impl Backup {
                 self.report(Report::Note(
                     "the primary detached; waiting for one".to_owned(),
                 ));
-                self.act(Action::CloseLink(link));
+                // The primary closes the link when it has read our answer: a FIN of ours on the
+                // bulk lane could overtake that.
+                self.on_link_up(link);
                 self.lose_link();
                 self.peer = None;
                 self.forget_image();
@@ -313,10 +321,10 @@ impl Backup {
     }
 
     /// What is in the standby's RAM is worth nothing from now on.
-    fn forget_image(&mut self) {
+    pub(super) fn forget_image(&mut self) {
         self.last_flipped = Epoch::NONE;
         self.last_applied = Epoch::NONE;
-        self.held = None;
+        self.discard_held();
         self.rehearsed = false;
         self.set_state(State::Waiting);
         self.act(Action::ForgetImage);
