@@ -1,6 +1,6 @@
 //! The command line of a rehearsal: the same machine, with no way to the host or a network.
 
-use super::options::{Keys, QemuOption, parse_options};
+use super::options::{Keys, QemuOption, escape_commas, parse_options};
 
 /// Options that only open ways out, or files of the host, and that the guest can't see.
 const DROPPED: [&str; 12] = [
@@ -48,10 +48,17 @@ fn cut(option: QemuOption) -> Option<QemuOption> {
             "netdev",
             &format!("user,id={},restrict=on", id(&option.keys("type"))),
         ),
+        "nic" => cut_nic(&option.keys("type")),
+        "net" if option.keys("type").get("type") != Some("nic") => {
+            QemuOption::new("net", "user,restrict=on")
+        }
         "machine" | "M" => {
             let mut keys = option.keys("type");
             keys.remove("memory-backend");
-            QemuOption::new("machine", &keys.to_text("type"))
+            match keys.to_text("type") {
+                empty if empty.is_empty() => return None,
+                text => QemuOption::new("machine", &text),
+            }
         }
         // The main RAM's backend, and whatever hangs on a chardev's or a netdev's other end.
         "object" => {
@@ -66,6 +73,69 @@ fn cut(option: QemuOption) -> Option<QemuOption> {
     })
 }
 
+/// A NIC in one word with its netdev: what the guest sees of it stays.
+fn cut_nic(keys: &Keys) -> QemuOption {
+    if keys.get("type") == Some("none") {
+        return QemuOption::new("nic", "none");
+    }
+    let seen = ["id", "model", "mac", "macaddr", "addr"];
+    let kept = seen
+        .iter()
+        .filter_map(|key| Some(format!(",{key}={}", escape_commas(keys.get(key)?))));
+    let kept: String = kept.collect();
+    QemuOption::new("nic", &format!("user,restrict=on{kept}"))
+}
+
 fn id(keys: &Keys) -> String {
     keys.get("id").unwrap_or("unnamed").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut_line(line: &str) -> String {
+        let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        cut_off(&words).join(" ")
+    }
+
+    #[test]
+    fn every_way_out_is_closed_and_the_machine_stays() {
+        let cases = [
+            ("-m 64 -smp 2 -device VGA", "-m 64 -smp 2 -device VGA"),
+            (
+                "-nic user,model=e1000,mac=1:2,hostfwd=tcp::1-:2",
+                "-nic user,restrict=on,model=e1000,mac=1:2",
+            ),
+            (
+                "-nic none -net nic -net tap,ifname=t",
+                "-nic none -net nic -net user,restrict=on",
+            ),
+            (
+                "-netdev tap,id=n0,ifname=t",
+                "-netdev user,id=n0,restrict=on",
+            ),
+            (
+                "-serial file:x -monitor stdio -qmp unix:q,server=on -vnc :1",
+                "-serial null -monitor none",
+            ),
+            (
+                "-chardev socket,id=c,path=p,server=on",
+                "-chardev null,id=c",
+            ),
+            (
+                "-M q35,memory-backend=r -object memory-backend-memfd,id=r,size=1G",
+                "-machine q35",
+            ),
+            ("-M pc -M memory-backend=r", "-machine pc"),
+            (
+                "-object iothread,id=i -object filter-dump,id=f,netdev=n0",
+                "-object iothread,id=i",
+            ),
+        ];
+        for (line, expected) in cases {
+            let expected = format!("qemu {expected} -display none -snapshot");
+            assert_eq!(cut_line(&format!("qemu {line}")), expected);
+        }
+    }
 }
