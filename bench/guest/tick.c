@@ -1,0 +1,121 @@
+/*
+ * The guest's work: a counter in a page whose physical address is printed, and a steady number
+ * of pages that are written anew every 20 ms.
+ *
+ * It is process 1 of an initramfs. Arguments are the kernel's command line; of interest are
+ *   workload_pages=N   pages to write every 20 ms (default 900)
+ * and what arrives on the console: `r` reboots, `p` powers off, `c` panics.
+ *
+ * Output on the console:
+ *   TICKPAGE gpa=0x...    where the counter lives: a 64-bit number, at the start of the page
+ *   tick N                once a second
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <poll.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/reboot.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096
+/* More pages than one round writes, so that each round writes other ones. */
+#define POOL_PAGES 8192
+#define ROUND_NS 20000000L
+#define TICK_NS 1000000L
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static unsigned char *pages(size_t count)
+{
+    unsigned char *memory = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_LOCKED | MAP_POPULATE, -1, 0);
+    if (memory == MAP_FAILED) {
+        perror("mmap");
+        exit(1);
+    }
+    return memory;
+}
+
+/* Reads the page's frame number from the page table, as only root may. */
+static uint64_t physical_address(const void *page)
+{
+    uint64_t entry = 0;
+    int fd = open("/proc/self/pagemap", O_RDONLY);
+    off_t at = (off_t)((uintptr_t)page / PAGE * sizeof(entry));
+    if (fd < 0 || pread(fd, &entry, sizeof(entry), at) != sizeof(entry)) {
+        perror("pagemap");
+        exit(1);
+    }
+    close(fd);
+    return (entry & ((1ull << 55) - 1)) * PAGE;
+}
+
+static void command(char letter)
+{
+    if (letter == 'r')
+        reboot(RB_AUTOBOOT);
+    else if (letter == 'p')
+        reboot(RB_POWER_OFF);
+    else if (letter == 'c')
+        abort(); /* the kernel panics when process 1 ends */
+}
+
+int main(int argc, char **argv)
+{
+    unsigned long workload = 900;
+    for (int i = 1; i < argc; i++)
+        if (!strncmp(argv[i], "workload_pages=", 15))
+            workload = strtoul(argv[i] + 15, NULL, 10);
+    if (workload > POOL_PAGES)
+        workload = POOL_PAGES;
+
+    int console = open("/dev/console", O_RDWR | O_NONBLOCK);
+    if (console >= 0) {
+        dup2(console, 0);
+        dup2(console, 1);
+        dup2(console, 2);
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+
+    volatile uint64_t *tick = (volatile uint64_t *)pages(1);
+    unsigned char *pool = pages(POOL_PAGES);
+    *tick = 1;
+    printf("TICKPAGE gpa=0x%llx\n", (unsigned long long)physical_address((void *)tick));
+
+    uint64_t next_tick = now_ns(), next_round = next_tick, said = next_tick;
+    size_t at = 0;
+    for (;;) {
+        struct timespec nap = {0, TICK_NS};
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &nap, NULL);
+        uint64_t now = now_ns();
+        while (next_tick <= now) {
+            next_tick += TICK_NS;
+            ++*tick;
+        }
+        if (now >= next_round) {
+            next_round += ROUND_NS;
+            if (next_round < now)
+                next_round = now; /* paused for long: no catching up */
+            for (unsigned long i = 0; i < workload; i++, at = (at + 1) % POOL_PAGES)
+                *(volatile uint64_t *)(pool + at * PAGE + 64 * (at % 60)) = now ^ *tick;
+        }
+        if (now - said >= 1000000000u) {
+            said = now;
+            printf("tick %llu\n", (unsigned long long)*tick);
+            char letter;
+            while (read(0, &letter, 1) == 1)
+                command(letter);
+        }
+    }
+}
