@@ -199,7 +199,7 @@ impl World {
 
     fn schedule_backup(&mut self) {
         let clock = self.backup.clock;
-        let Some(daemon) = &mut self.backup.daemon else {
+        let Some(daemon) = self.backup.daemon.as_mut().filter(|d| !d.stopped) else {
             return;
         };
         let Some(at) = daemon.machine.poll_timeout() else {

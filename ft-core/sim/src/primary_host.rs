@@ -160,7 +160,7 @@ impl World {
 
     fn schedule_primary(&mut self) {
         let clock = self.primary.clock;
-        let Some(daemon) = &mut self.primary.daemon else {
+        let Some(daemon) = self.primary.daemon.as_mut().filter(|d| !d.stopped) else {
             return;
         };
         let Some(at) = daemon.machine.poll_timeout() else {

@@ -249,7 +249,8 @@ impl World {
             self.inflict(fault);
             self.run_primary();
             ended = self.converge();
-            if self.violation.is_none() && ended && self.checks.activated.is_none() {
+            let expected = self.checks.activated.is_some() || self.checks.standby_damaged;
+            if self.violation.is_none() && ended && !expected {
                 self.violation("the host died under protection and the backup did not take over");
             }
         }
@@ -303,7 +304,8 @@ impl World {
         let primary_gone = self.primary.daemon.is_none();
         let vm_dies = self.primary.vm.is_some()
             && (self.primary.guardian || self.primary.end.is_some())
-            && self.checks.activated.is_some();
+            && self.checks.activated.is_some()
+            && !self.checks.declared;
         primary_gone && !backup_busy && !vm_dies
             || primary_gone && self.backup.daemon.is_none() && self.primary.end.is_some()
     }
