@@ -62,7 +62,8 @@ impl Closing {
 
 impl Primary {
     pub(super) fn begin_closing(&mut self, closing: Closing) {
-        if self.closing.is_none() {
+        // A switchover that is still preparing gives way: its last epoch may never come.
+        if self.closing.as_ref().is_none_or(Closing::allows_boundary) {
             self.closing = Some(closing);
         }
     }
