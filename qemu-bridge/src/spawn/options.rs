@@ -105,22 +105,22 @@ pub fn parse_options(words: &[String]) -> Vec<QemuOption> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Keys {
     pairs: Vec<(String, String)>,
-    json: bool,
+    /// The same with its types, if it was written as JSON.
+    json: Option<Map<String, Value>>,
 }
 
 impl Keys {
     fn parse(text: &str, implied: &str) -> Keys {
-        if let Some(object) = text
-            .starts_with('{')
-            .then(|| serde_json::from_str(text).ok())
-            .flatten()
+        if text.starts_with('{')
+            && let Ok(object) = serde_json::from_str::<Map<String, Value>>(text)
         {
-            let object: Map<String, Value> = object;
             let pairs = object
-                .into_iter()
-                .map(|(key, value)| (key, json_text(&value)))
-                .collect();
-            return Keys { pairs, json: true };
+                .iter()
+                .map(|(key, value)| (key.clone(), json_text(value)));
+            return Keys {
+                pairs: pairs.collect(),
+                json: Some(object),
+            };
         }
         let mut pairs = Vec::new();
         for (at, item) in split_commas(text).into_iter().enumerate() {
@@ -131,7 +131,7 @@ impl Keys {
                 None => pairs.push((item, "on".to_owned())),
             }
         }
-        Keys { pairs, json: false }
+        Keys { pairs, json: None }
     }
 
     pub fn get(&self, key: &str) -> Option<&str> {
@@ -153,27 +153,33 @@ impl Keys {
 
     pub fn set(&mut self, key: &str, value: &str) {
         self.remove(key);
+        if let Some(object) = &mut self.json {
+            let value = match value {
+                "on" => Value::Bool(true),
+                "off" => Value::Bool(false),
+                text => Value::String(text.to_owned()),
+            };
+            object.insert(key.to_owned(), value);
+        }
         self.pairs.push((key.to_owned(), value.to_owned()));
     }
 
     pub fn remove(&mut self, key: &str) {
         self.pairs.retain(|(k, _)| k != key);
+        if let Some(object) = &mut self.json {
+            object.remove(key);
+        }
     }
 
     /// The same in QEMU's words. `implied` is the key that stands first without its name.
     pub fn to_text(&self, implied: &str) -> String {
-        if self.json {
-            let object: Map<String, Value> = self
-                .pairs
-                .iter()
-                .map(|(k, v)| (k.clone(), json_value(v)))
-                .collect();
-            return Value::Object(object).to_string();
+        if let Some(object) = &self.json {
+            return serde_json::to_string(object).expect("JSON values always serialise");
         }
         let words = self.pairs.iter().enumerate().map(|(at, (key, value))| {
             match at == 0 && key == implied {
                 true => escape_commas(value),
-                false => format!("{key}={}", escape_commas(value)),
+                false => format!("{}={}", escape_commas(key), escape_commas(value)),
             }
         });
         words.collect::<Vec<_>>().join(",")
@@ -210,14 +216,6 @@ fn json_text(value: &Value) -> String {
         Value::Bool(true) => "on".to_owned(),
         Value::Bool(false) => "off".to_owned(),
         other => other.to_string(),
-    }
-}
-
-fn json_value(text: &str) -> Value {
-    match text {
-        "on" => Value::Bool(true),
-        "off" => Value::Bool(false),
-        _ => serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned())),
     }
 }
 
@@ -281,7 +279,7 @@ mod tests {
             "memory-backend-file,id=a,mem-path=/x,,y,share=on"
         );
         let mut keys = Keys::parse(
-            r#"{"qom-type":"memory-backend-ram","id":"a","size":65536,"share":false}"#,
+            r#"{"qom-type":"memory-backend-ram","id":"7","size":65536,"share":false}"#,
             "x",
         );
         assert!(!keys.is_on("share"));
@@ -289,6 +287,7 @@ mod tests {
         let object: Value = serde_json::from_str(&keys.to_text("x")).unwrap();
         assert_eq!(object["share"], true);
         assert_eq!(object["size"], 65536);
+        assert_eq!(object["id"], "7");
         let forwards = Keys::parse("user,id=n,hostfwd=tcp::1-:2,hostfwd=tcp::3-:4", "type");
         assert_eq!(
             forwards.all("hostfwd").collect::<Vec<_>>(),
