@@ -354,7 +354,12 @@ impl Primary {
             self.guest_running = true;
             self.report(Report::GuestResumed);
         }
-        if self.hold.fenced {
+        if self.switchover_wanted() && self.hold.fenced {
+            self.closing = None;
+            self.hold.fenced = false;
+            let text = "switchover given up: somebody else has resumed the guest";
+            self.report(Report::Error(text.to_owned()));
+        } else if self.hold.fenced {
             self.fence_vm();
         } else if self.hold.throttled {
             self.hold.pauses_pending += 1;
