@@ -424,7 +424,11 @@ impl World {
             Event::PrimaryVmGone => self.to_primary(3, PrimaryIn::QemuGone),
             Event::Continued(side) => self.on_continued(side),
             Event::Heal { resets } => self.on_heal(resets),
-            Event::ShapeSeen => self.shape_seen(),
+            Event::ShapeSeen => {
+                // The driver looks every second, and finds it again.
+                self.shape_seen();
+                self.after(1_000_000, Event::ShapeSeen);
+            }
             Event::RestartBackup => self.restart_backup(),
         }
     }
