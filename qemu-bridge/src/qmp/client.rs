@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{self, ControlMessage, MsgFlags, sockopt};
+use nix::sys::socket::{self, ControlMessage, MsgFlags};
 use serde_json::Value;
 
 use super::codec::{CodecError, Command, Decoder, Message, QmpFailure};
@@ -164,22 +164,6 @@ impl Qmp {
         self.stream.as_fd()
     }
 
-    /// The process that listens on the other side, as the kernel recorded it.
-    ///
-    /// # Errors
-    /// The kernel can't say.
-    pub fn peer_pid(&self) -> Result<i32, QmpError> {
-        let operation = "asking for the peer's process id";
-        let credentials =
-            socket::getsockopt(&self.stream, sockopt::PeerCredentials).map_err(|e| {
-                QmpError::Io {
-                    operation,
-                    source: e.into(),
-                }
-            })?;
-        Ok(credentials.pid())
-    }
-
     /// Whether something waits for the socket to take it.
     pub fn wants_write(&self) -> bool {
         self.sendable_segment().is_some()
@@ -306,21 +290,6 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event that `wanted` recognises; everything else is kept.
-    ///
-    /// # Errors
-    /// It did not come within `timeout`, or QEMU is gone.
-    pub fn wait_event(
-        &mut self,
-        wanted: &mut dyn FnMut(&str, &Value) -> bool,
-        timeout: Duration,
-    ) -> Result<(), QmpError> {
-        let mut matches =
-            |m: &Incoming| matches!(m, Incoming::Event { name, data, .. } if wanted(name, data));
-        self.wait_message(&mut matches, "with the expected event", timeout)?;
-        Ok(())
-    }
-
     /// Waits until [`Qmp::progress`] may have something to do, at most `timeout`.
     ///
     /// # Errors
@@ -335,47 +304,48 @@ impl Qmp {
         command: &Command,
         timeout: Duration,
     ) -> Result<Value, QmpError> {
-        let mut is_reply =
-            |m: &Incoming| matches!(m, Incoming::Reply { id: got, .. } if *got == id);
-        match self.wait_message(&mut is_reply, command.name(), timeout)? {
-            Incoming::Reply { result, .. } => result.map_err(|source| QmpError::Refused {
-                command: command.name().to_owned(),
-                source,
-            }),
-            Incoming::Event { .. } => unreachable!("only the reply matches"),
-        }
-    }
-
-    fn wait_message(
-        &mut self,
-        wanted: &mut dyn FnMut(&Incoming) -> bool,
-        what: &str,
-        timeout: Duration,
-    ) -> Result<Incoming, QmpError> {
-        if let Some(at) = self.kept.iter().position(&mut *wanted) {
-            return Ok(self.kept.remove(at).expect("it was just found there"));
-        }
+        let is_reply = |m: &Incoming| matches!(m, Incoming::Reply { id: got, .. } if *got == id);
         let deadline = Instant::now() + timeout;
+        let kept = self.kept.iter().position(is_reply);
+        let mut message = kept.and_then(|at| self.kept.remove(at));
         loop {
-            while let Some(message) = self.decoder.next()? {
-                let message = self.accept(message)?;
-                if wanted(&message) {
-                    return Ok(message);
-                }
-                if self.kept.len() >= KEPT_MAX {
-                    return Err(QmpError::Protocol("it floods us with events"));
-                }
-                self.kept.push_back(message);
+            if let Some(Incoming::Reply { result, .. }) = message {
+                return result.map_err(|source| QmpError::Refused {
+                    command: command.name().to_owned(),
+                    source,
+                });
+            }
+            message = self.keep_until(&is_reply)?;
+            if message.is_some() {
+                continue;
             }
             self.flush()?;
             if !self.wait_ready(deadline)? {
                 return Err(QmpError::Timeout {
-                    command: what.to_owned(),
+                    command: command.name().to_owned(),
                     waited: timeout,
                 });
             }
             self.read_once()?;
         }
+    }
+
+    /// Puts aside what has come until `wanted` is met; that one is returned.
+    fn keep_until(
+        &mut self,
+        wanted: &dyn Fn(&Incoming) -> bool,
+    ) -> Result<Option<Incoming>, QmpError> {
+        while let Some(message) = self.decoder.next()? {
+            let message = self.accept(message)?;
+            if wanted(&message) {
+                return Ok(Some(message));
+            }
+            if self.kept.len() >= KEPT_MAX {
+                return Err(QmpError::Protocol("it floods us with events"));
+            }
+            self.kept.push_back(message);
+        }
+        Ok(None)
     }
 
     fn encode(&mut self, command: &Command, bytes: &mut Vec<u8>) -> RequestId {

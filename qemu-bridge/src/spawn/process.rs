@@ -18,6 +18,8 @@ use crate::qmp::{Command, Qmp, QmpError};
 
 /// Bytes of QEMU's last words that are kept.
 const STDERR_BYTES_MAX: usize = 16 << 10;
+/// Processes come and go while they are looked through.
+const ATTACH_TRIES: u32 = 5;
 /// How often a starting QEMU is asked whether its QMP socket is there.
 const CONNECT_RETRY: Duration = Duration::from_millis(5);
 
@@ -120,7 +122,8 @@ impl QemuProcess {
     }
 
     /// Finds the process behind a QMP connection, which need not be the one that listens on the
-    /// socket: QEMU is handed a descriptor, and the process that then holds it is QEMU.
+    /// socket: QEMU is handed a descriptor, and the process that holds it until QEMU is told to
+    /// close it is QEMU.
     ///
     /// # Errors
     /// No such process on this host, or none that we may look into.
@@ -137,18 +140,25 @@ impl QemuProcess {
                 pid: 0,
                 source: e.into(),
             })?;
-        let getfd = Command::new("getfd").arg("fdname", MARKER);
-        qmp.call_with_fd(&getfd, marker.as_fd(), timeout)?;
-        let holder = find_holder(qmp.peer_pid()?, marker.as_fd());
-        qmp.call(Command::new("closefd").arg("fdname", MARKER), timeout)?;
-        let pid = holder.ok_or_else(|| ProcessError::NotFound {
+        for _ in 0..ATTACH_TRIES {
+            let getfd = Command::new("getfd").arg("fdname", MARKER);
+            qmp.call_with_fd(&getfd, marker.as_fd(), timeout)?;
+            let mut holders = holders_of(marker.as_fd());
+            qmp.call(Command::new("closefd").arg("fdname", MARKER), timeout)?;
+            // Whoever relays the connection may hold a copy, but doesn't drop it on command.
+            let still = holders_of(marker.as_fd());
+            holders.retain(|pid| !still.contains(pid));
+            if let [pid] = holders[..] {
+                return Ok(QemuProcess {
+                    pid,
+                    pidfd: open_pidfd(pid)?,
+                    child: None,
+                    stderr: None,
+                });
+            }
+        }
+        Err(ProcessError::NotFound {
             path: socket.to_owned(),
-        })?;
-        Ok(QemuProcess {
-            pid,
-            pidfd: open_pidfd(pid)?,
-            child: None,
-            stderr: None,
         })
     }
 
@@ -306,27 +316,25 @@ impl StderrTail {
     }
 }
 
-/// The process other than ours that holds the file behind `marker`; `guess` is looked at first.
-fn find_holder(guess: i32, marker: BorrowedFd<'_>) -> Option<i32> {
-    let own = fstat(marker).ok()?;
-    let holds = |pid: i32| -> bool {
+/// The processes other than ours that have the file behind `marker` open.
+fn holders_of(marker: BorrowedFd<'_>) -> Vec<i32> {
+    let (Ok(marker), Ok(entries)) = (fstat(marker), std::fs::read_dir("/proc")) else {
+        return Vec::new();
+    };
+    let holds = |pid: &i32| -> bool {
         let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
             return false;
         };
         entries.flatten().any(|entry| {
             nix::sys::stat::stat(&entry.path())
-                .is_ok_and(|s| s.st_ino == own.st_ino && s.st_dev == own.st_dev)
+                .is_ok_and(|s| (s.st_ino, s.st_dev) == (marker.st_ino, marker.st_dev))
         })
     };
     let ours = i32::try_from(std::process::id()).expect("process ids fit in 31 bits");
-    if guess != ours && holds(guess) {
-        return Some(guess);
-    }
-    let entries = std::fs::read_dir("/proc").ok()?;
     let pids = entries
         .flatten()
         .filter_map(|e| e.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| *pid != ours).find(|pid| holds(*pid))
+    pids.filter(|pid| *pid != ours).filter(holds).collect()
 }
 
 pub(crate) fn open_pidfd(pid: i32) -> Result<OwnedFd, ProcessError> {

@@ -29,7 +29,7 @@ pub(crate) fn newer_qemu() -> Option<String> {
         return Some(path);
     }
     let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/qemu-10.0");
-    let path = cache.join("qemu-system-x86_64");
+    let path = cache.join("run/qemu-system-x86_64");
     path.exists().then(|| path.display().to_string())
 }
 
