@@ -263,8 +263,11 @@ impl Options {
     pub(crate) fn or(self, file: Options) -> Options {
         // Where QEMU comes from is one decision: a socket here overrules a line there.
         let source_here = self.qmp.is_some() || !self.qemu.is_empty();
-        let (qmp, qemu) =
-            if source_here { (self.qmp, self.qemu) } else { (file.qmp, file.qemu) };
+        let (qmp, qemu) = if source_here {
+            (self.qmp, self.qemu)
+        } else {
+            (file.qmp, file.qemu)
+        };
         Options {
             mode: self.mode.or(file.mode),
             listen: self.listen.or(file.listen),
@@ -316,7 +319,9 @@ mod tests {
         assert!(cli.command.is_none());
 
         let cli = parse("x status --json --vm-id web").unwrap();
-        let Some(Operation::Status { json: true, target }) = cli.command else { panic!() };
+        let Some(Operation::Status { json: true, target }) = cli.command else {
+            panic!()
+        };
         assert_eq!(target.vm_id.as_deref(), Some("web"));
 
         for name in ["detach", "switchover", "continue", "rehearse"] {
@@ -349,7 +354,13 @@ mod tests {
     #[test]
     fn help_teaches() {
         let help = Cli::command().render_long_help().to_string();
-        let words = ["Examples:", "Exit codes:", "--on-backup-loss", "status", "Configuration file"];
+        let words = [
+            "Examples:",
+            "Exit codes:",
+            "--on-backup-loss",
+            "status",
+            "Configuration file",
+        ];
         for word in words {
             assert!(help.contains(word), "{word}");
         }
@@ -364,7 +375,10 @@ mod tests {
         for name in names {
             // Every name is known to the file's parser: the value is what it complains about.
             let error = toml::from_str::<Options>(&format!("{name} = 1979-05-27")).unwrap_err();
-            assert!(!error.to_string().contains("unknown field"), "{name}: {error}");
+            assert!(
+                !error.to_string().contains("unknown field"),
+                "{name}: {error}"
+            );
         }
     }
 }

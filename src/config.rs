@@ -16,9 +16,7 @@ use qemu_bridge::tracker::TrackerChoice;
 
 pub(crate) use self::file::FileError;
 pub(crate) use self::places::{control_socket, runtime_dir};
-use crate::cli::{
-    DaemonArgs, ModeName, OnBackupLossName, Options, TrackerName, TransportName,
-};
+use crate::cli::{DaemonArgs, ModeName, OnBackupLossName, Options, TrackerName, TransportName};
 
 const EPOCH_MS: u64 = 20;
 const HEARTBEAT_MS: u64 = 50;
@@ -80,7 +78,11 @@ pub(crate) enum ConfigError {
     )]
     NoMode,
     #[error("--mode {mode} needs {option}: {cure}")]
-    Missing { mode: &'static str, option: &'static str, cure: &'static str },
+    Missing {
+        mode: &'static str,
+        option: &'static str,
+        cure: &'static str,
+    },
     #[error("{option} is for --mode {belongs}, this is --mode {mode}: {cure}")]
     OtherMode {
         option: &'static str,
@@ -104,29 +106,44 @@ pub(crate) enum ConfigError {
     )]
     DryRunWithoutLine,
     #[error("{option} {text:?} is no address: write it like 127.0.0.1:7070 or [::1]:7070 ({why})")]
-    Address { option: &'static str, text: String, why: String },
+    Address {
+        option: &'static str,
+        text: String,
+        why: String,
+    },
     #[error(
         "{option} {address} is not loopback: peers are not authenticated and nothing is encrypted \
          yet, so whoever reaches this port can read and replace the guest's memory. Use a tunnel \
          between loopback addresses, or, on a network that you trust, add --allow-unauthenticated"
     )]
-    NotLoopback { option: &'static str, address: SocketAddr },
+    NotLoopback {
+        option: &'static str,
+        address: SocketAddr,
+    },
     #[error("{option} is {found}, expected {least} to {most}: {cure}")]
-    Range { option: &'static str, found: u64, least: u64, most: u64, cure: &'static str },
+    Range {
+        option: &'static str,
+        found: u64,
+        least: u64,
+        most: u64,
+        cure: &'static str,
+    },
     #[error(
         "--failover-after-ms is {lease_ms}, expected at least {HEARTBEATS_PER_LEASE} heartbeats, \
          {least_ms}: one that is late must not end the lease. Raise it, or lower --heartbeat-ms \
          ({heartbeat_ms})"
     )]
-    LeaseTooShort { lease_ms: u64, least_ms: u64, heartbeat_ms: u64 },
+    LeaseTooShort {
+        lease_ms: u64,
+        least_ms: u64,
+        heartbeat_ms: u64,
+    },
     #[error(
         "--max-unacked-ms is {max_unacked_ms}, expected at least --epoch-ms ({epoch_ms}): an epoch \
          can't be acknowledged before it has ended. Raise it"
     )]
     UnackedTooShort { max_unacked_ms: u64, epoch_ms: u64 },
-    #[error(
-        "--transport rdma is not in this build: say --transport tcp, or leave it out"
-    )]
+    #[error("--transport rdma is not in this build: say --transport tcp, or leave it out")]
     NoRdma,
     #[error(
         "--vm-id {0:?} can't be used: 1 to {VM_ID_BYTES_MAX} letters, digits, `.`, `_` and `-`, not \
@@ -134,14 +151,21 @@ pub(crate) enum ConfigError {
     )]
     VmId(String),
     #[error("no place for {what}: {cure}")]
-    NoPlace { what: &'static str, cure: &'static str },
+    NoPlace {
+        what: &'static str,
+        cure: &'static str,
+    },
 }
 
 impl Settings {
     /// # Errors
     /// The first thing that is wrong.
     pub(crate) fn new(arguments: DaemonArgs) -> Result<Settings, ConfigError> {
-        let DaemonArgs { config, dry_run, options } = arguments;
+        let DaemonArgs {
+            config,
+            dry_run,
+            options,
+        } = arguments;
         let line = options.clone();
         let options = match config {
             Some(path) => options.or(file::read(&path)?),
@@ -199,35 +223,66 @@ fn refuse_other_modes(mode: ModeName, line: &Options) -> Result<(), ConfigError>
         ModeName::Backup => (
             "primary",
             vec![
-                ("--peer", line.peer.is_some(), "the backup waits on --listen"),
+                (
+                    "--peer",
+                    line.peer.is_some(),
+                    "the backup waits on --listen",
+                ),
                 ("--epoch-ms", line.epoch_ms.is_some(), learns),
                 ("--heartbeat-ms", line.heartbeat_ms.is_some(), learns),
-                ("--failover-after-ms", line.failover_after_ms.is_some(), learns),
-                ("--on-backup-loss", line.on_backup_loss.is_some(), "leave it out here"),
-                ("--max-unacked-ms", line.max_unacked_ms.is_some(), "leave it out here"),
-                ("--tracker", line.tracker.is_some(), "leave it out here, a backup tracks nothing"),
+                (
+                    "--failover-after-ms",
+                    line.failover_after_ms.is_some(),
+                    learns,
+                ),
+                (
+                    "--on-backup-loss",
+                    line.on_backup_loss.is_some(),
+                    "leave it out here",
+                ),
+                (
+                    "--max-unacked-ms",
+                    line.max_unacked_ms.is_some(),
+                    "leave it out here",
+                ),
+                (
+                    "--tracker",
+                    line.tracker.is_some(),
+                    "leave it out here, a backup tracks nothing",
+                ),
                 ("--audit-every", line.audit_every.is_some(), learns),
             ],
         ),
     };
     match options.into_iter().find(|(_, given, _)| *given) {
-        Some((option, _, cure)) => {
-            Err(ConfigError::OtherMode { option, belongs, mode: mode.as_str(), cure })
-        }
+        Some((option, _, cure)) => Err(ConfigError::OtherMode {
+            option,
+            belongs,
+            mode: mode.as_str(),
+            cure,
+        }),
         None => Ok(()),
     }
 }
 
 fn mode(mode: ModeName, options: &Options) -> Result<Mode, ConfigError> {
     let (option, text, cure) = match mode {
-        ModeName::Primary => {
-            ("--peer", &options.peer, "the address where the backup listens, like 127.0.0.1:7070")
-        }
-        ModeName::Backup => {
-            ("--listen", &options.listen, "an address of this host, like 127.0.0.1:7070")
-        }
+        ModeName::Primary => (
+            "--peer",
+            &options.peer,
+            "the address where the backup listens, like 127.0.0.1:7070",
+        ),
+        ModeName::Backup => (
+            "--listen",
+            &options.listen,
+            "an address of this host, like 127.0.0.1:7070",
+        ),
     };
-    let missing = ConfigError::Missing { mode: mode.as_str(), option, cure };
+    let missing = ConfigError::Missing {
+        mode: mode.as_str(),
+        option,
+        cure,
+    };
     let address = resolve(option, text.as_ref().ok_or(missing)?)?;
     if !address.ip().to_canonical().is_loopback() && !options.allow_unauthenticated {
         return Err(ConfigError::NotLoopback { option, address });
@@ -239,9 +294,17 @@ fn mode(mode: ModeName, options: &Options) -> Result<Mode, ConfigError> {
 }
 
 fn resolve(option: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
-    let wrong = |why: String| ConfigError::Address { option, text: text.to_owned(), why };
-    let mut addresses = text.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
-    let address = addresses.next().ok_or_else(|| wrong("the name has no address".to_owned()))?;
+    let wrong = |why: String| ConfigError::Address {
+        option,
+        text: text.to_owned(),
+        why,
+    };
+    let mut addresses = text
+        .to_socket_addrs()
+        .map_err(|error| wrong(error.to_string()))?;
+    let address = addresses
+        .next()
+        .ok_or_else(|| wrong("the name has no address".to_owned()))?;
     // A backup on a port that the kernel chooses is one that no primary finds.
     if address.port() == 0 {
         return Err(wrong("the port is 0".to_owned()));
@@ -253,10 +316,10 @@ fn source(options: &Options, dry_run: bool) -> Result<QemuSource, ConfigError> {
     match (&options.qmp, options.qemu.is_empty()) {
         (Some(_), false) => Err(ConfigError::TwoQemus),
         (Some(_), true) if dry_run => Err(ConfigError::DryRunWithoutLine),
-        (Some(qmp), true) => {
-            Ok(QemuSource::Attach { qmp: qmp.clone() })
-        }
-        (None, false) => Ok(QemuSource::Spawn { argv: options.qemu.clone() }),
+        (Some(qmp), true) => Ok(QemuSource::Attach { qmp: qmp.clone() }),
+        (None, false) => Ok(QemuSource::Spawn {
+            argv: options.qemu.clone(),
+        }),
         (None, true) if dry_run => Err(ConfigError::DryRunWithoutLine),
         (None, true) => Err(ConfigError::NoQemu),
     }
@@ -270,24 +333,31 @@ fn vm_id(options: &Options, source: &QemuSource) -> Result<String, ConfigError> 
         };
         return Ok(named.unwrap_or_else(|| VM_ID.to_owned()));
     };
-    if is_vm_id(id) { Ok(id.clone()) } else { Err(ConfigError::VmId(id.clone())) }
+    if is_vm_id(id) {
+        Ok(id.clone())
+    } else {
+        Err(ConfigError::VmId(id.clone()))
+    }
 }
 
 fn is_vm_id(id: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    (1..=VM_ID_BYTES_MAX).contains(&id.len())
-        && id.chars().all(fits)
-        && !id.starts_with(['.', '-'])
+    (1..=VM_ID_BYTES_MAX).contains(&id.len()) && id.chars().all(fits) && !id.starts_with(['.', '-'])
 }
 
 /// The name in `-name web` or `-name guest=web,process=...`, if it can be a part of file names.
 fn guest_name(argv: &[String]) -> Option<String> {
-    let at = argv.iter().position(|word| word == "-name" || word == "--name")?;
-    let name = argv.get(at + 1)?.split(',').find_map(|part| match part.split_once('=') {
-        Some(("guest", name)) => Some(name),
-        Some(_) => None,
-        None => Some(part),
-    })?;
+    let at = argv
+        .iter()
+        .position(|word| word == "-name" || word == "--name")?;
+    let name = argv
+        .get(at + 1)?
+        .split(',')
+        .find_map(|part| match part.split_once('=') {
+            Some(("guest", name)) => Some(name),
+            Some(_) => None,
+            None => Some(part),
+        })?;
     is_vm_id(name).then(|| name.to_owned())
 }
 
@@ -305,15 +375,37 @@ impl Times {
         let lease_ms = options.failover_after_ms.unwrap_or(FAILOVER_AFTER_MS);
         let max_unacked_ms = options.max_unacked_ms.unwrap_or(MAX_UNACKED_MS);
         in_range("--epoch-ms", epoch_ms, 1..=10_000, "20 suits most guests")?;
-        in_range("--heartbeat-ms", heartbeat_ms, 1..=60_000, "50 suits most networks")?;
-        in_range("--failover-after-ms", lease_ms, LEASE_MS, "1000 suits most networks")?;
-        in_range("--max-unacked-ms", max_unacked_ms, 1..=3_600_000, "2000 suits most networks")?;
+        in_range(
+            "--heartbeat-ms",
+            heartbeat_ms,
+            1..=60_000,
+            "50 suits most networks",
+        )?;
+        in_range(
+            "--failover-after-ms",
+            lease_ms,
+            LEASE_MS,
+            "1000 suits most networks",
+        )?;
+        in_range(
+            "--max-unacked-ms",
+            max_unacked_ms,
+            1..=3_600_000,
+            "2000 suits most networks",
+        )?;
         let least_ms = heartbeat_ms * HEARTBEATS_PER_LEASE;
         if lease_ms < least_ms {
-            return Err(ConfigError::LeaseTooShort { lease_ms, least_ms, heartbeat_ms });
+            return Err(ConfigError::LeaseTooShort {
+                lease_ms,
+                least_ms,
+                heartbeat_ms,
+            });
         }
         if max_unacked_ms < epoch_ms {
-            return Err(ConfigError::UnackedTooShort { max_unacked_ms, epoch_ms });
+            return Err(ConfigError::UnackedTooShort {
+                max_unacked_ms,
+                epoch_ms,
+            });
         }
         Ok(Times {
             epoch: Duration::from_millis(epoch_ms),
@@ -334,5 +426,11 @@ fn in_range(
         return Ok(());
     }
     let (least, most) = range.into_inner();
-    Err(ConfigError::Range { option, found, least, most, cure })
+    Err(ConfigError::Range {
+        option,
+        found,
+        least,
+        most,
+        cure,
+    })
 }

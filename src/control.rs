@@ -1,26 +1,40 @@
-//! The control socket: one line of JSON asks, one answers.
+//! The control socket: a line of JSON asks, a line of JSON answers.
+//!
+//! `{"command":"status"}` and its like. Whoever can open the socket may do anything with the
+//! guest, so only its user can.
 
-use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
+mod client;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket,
+    sockopt::PeerCredentials,
+};
+use nix::sys::stat::{Mode, fchmod};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::exit::Exit;
+pub(crate) use self::client::run;
 
 const CONNECTIONS_MAX: usize = 16;
 const LINE_BYTES_MAX: usize = 4096;
-/// A client that says nothing for so long is let go.
+/// After this silence a client gives way to a new one.
 const IDLE: Duration = Duration::from_secs(10);
-/// How long the client waits for an answer.
-const ANSWER: Duration = Duration::from_secs(5);
+/// Without descriptors `accept` fails at once, again and again.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What an operator asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Request {
     Status,
     Detach,
@@ -29,180 +43,253 @@ pub(crate) enum Request {
     Rehearse,
 }
 
-#[derive(Debug)]
-struct Connection {
-    stream: UnixStream,
-    line: Vec<u8>,
-    heard: Instant,
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ControlError {
+    #[error(
+        "another daemon{owner} answers on the control socket {}: end that one, or use another \
+         --vm-id or --control", path.display()
+    )]
+    Taken { path: PathBuf, owner: String },
+    #[error(
+        "{} is there and is no socket: remove it, or use another --control", path.display()
+    )]
+    NotASocket { path: PathBuf },
+    #[error("{operation} the control socket {} failed: see --control", path.display())]
+    Socket {
+        operation: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
 }
 
-/// The daemon's side.
+/// The daemon's side, for a loop that polls.
 #[derive(Debug)]
 pub(crate) struct ControlServer {
     listener: UnixListener,
     path: PathBuf,
+    /// Device and inode of the socket: only this one is removed at the end.
+    identity: Option<(u64, u64)>,
     connections: Vec<Connection>,
+    accept_again: Option<Instant>,
 }
 
 impl ControlServer {
-    /// Listens at `path`, for this user only.
+    /// Listens at `path`, for this user only. A socket that a killed daemon left there is
+    /// replaced.
     ///
     /// # Errors
     /// Another daemon answers there, or the socket can't be made.
-    pub(crate) fn bind(path: &Path) -> anyhow::Result<ControlServer> {
-        let shown = path.display();
-        if UnixStream::connect(path).is_ok() {
-            bail!("another daemon answers at {shown}: end it, or use another --control or --vm-id");
-        }
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-        }
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("removing the stale socket {shown}"));
+    pub(crate) fn bind(path: &Path) -> Result<ControlServer, ControlError> {
+        let failed = |operation, source| {
+            let path = path.to_owned();
+            ControlError::Socket {
+                operation,
+                path,
+                source,
             }
-            _ => {}
+        };
+        if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+            made.map_err(|source| failed("making the directory of", source))?;
         }
-        let listener = UnixListener::bind(path)
-            .with_context(|| format!("making the control socket {shown} (see --control)"))?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-            .and_then(|()| listener.set_nonblocking(true))
-            .with_context(|| format!("setting up the control socket {shown}"))?;
-        Ok(ControlServer { listener, path: path.to_owned(), connections: Vec::new() })
+        remove_stale(path)?;
+        let listener = listen_privately(path).map_err(|source| failed("making", source))?;
+        let identity = identity(path);
+        Ok(ControlServer {
+            listener,
+            path: path.to_owned(),
+            identity,
+            connections: Vec::new(),
+            accept_again: None,
+        })
     }
 
+    /// What to poll for input; after any of them [`ControlServer::progress`].
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let connections = self.connections.iter().map(|c| c.stream.as_fd());
-        std::iter::once(self.listener.as_fd()).chain(connections)
+        let accepting = self.accept_again.is_none_or(|at| at <= Instant::now());
+        let connections = self
+            .connections
+            .iter()
+            .map(|connection| connection.stream.as_fd());
+        accepting
+            .then(|| self.listener.as_fd())
+            .into_iter()
+            .chain(connections)
     }
 
-    /// Answers what was asked. Never blocks.
+    /// Answers what was asked. Never blocks: a client that doesn't read its answers is let go.
     pub(crate) fn progress(&mut self, answer: &mut dyn FnMut(Request) -> Value) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if self.connections.len() >= CONNECTIONS_MAX {
-                self.connections.retain(|c| c.heard.elapsed() < IDLE);
-            }
-            let ready = stream.set_nonblocking(true).is_ok();
-            if ready && self.connections.len() < CONNECTIONS_MAX {
-                let heard = Instant::now();
-                self.connections.push(Connection { stream, line: Vec::new(), heard });
+        self.accept();
+        self.connections
+            .retain_mut(|connection| connection.serve(answer));
+    }
+
+    fn accept(&mut self) {
+        self.accept_again = None;
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => self.admit(stream),
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock => return,
+                    ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {}
+                    _ => {
+                        tracing::warn!("accepting a control connection failed: {error}");
+                        self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+                        return;
+                    }
+                },
             }
         }
-        self.connections.retain_mut(|connection| connection.serve(answer));
+    }
+
+    fn admit(&mut self, stream: UnixStream) {
+        if stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        if self.connections.len() >= CONNECTIONS_MAX {
+            let longest = self
+                .connections
+                .iter()
+                .enumerate()
+                .max_by_key(|(_, c)| c.silence());
+            match longest {
+                Some((at, connection)) if connection.silence() >= IDLE => {
+                    self.connections.swap_remove(at);
+                }
+                _ => {
+                    tell(
+                        &stream,
+                        &json!({ "error": "too many control connections: try again" }),
+                    );
+                    return;
+                }
+            }
+        }
+        self.connections.push(Connection {
+            stream,
+            line: Vec::new(),
+            heard: Instant::now(),
+        });
     }
 }
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    /// The beginning of a line.
+    line: Vec<u8>,
+    heard: Instant,
+}
+
 impl Connection {
-    /// Whether the connection is to be kept.
+    fn silence(&self) -> Duration {
+        self.heard.elapsed()
+    }
+
+    /// Whether the connection is to be kept. Reads once: what is left makes the poll return.
     fn serve(&mut self, answer: &mut dyn FnMut(Request) -> Value) -> bool {
         let mut buffer = [0; LINE_BYTES_MAX];
-        loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => return false,
-                Ok(count) => {
-                    self.heard = Instant::now();
-                    self.line.extend_from_slice(&buffer[..count]);
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return false,
+        match self.stream.read(&mut buffer) {
+            Ok(0) => return false,
+            Ok(count) => {
+                self.heard = Instant::now();
+                self.line.extend_from_slice(&buffer[..count]);
             }
-            if self.line.len() > LINE_BYTES_MAX {
-                return false;
+            Err(error) => {
+                return matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted);
             }
         }
         while let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.line.drain(..=end).collect();
-            let reply = match parse(&line) {
+            let reply = match serde_json::from_slice(&line) {
                 Ok(request) => answer(request),
-                Err(text) => json!({ "error": text }),
+                Err(error) => json!({ "error": format!("not understood: {error}") }),
             };
-            // The answer fits a fresh socket's buffer; a client that doesn't read is let go.
-            if self.stream.write_all(format!("{reply}\n").as_bytes()).is_err() {
+            if !tell(&self.stream, &reply) {
                 return false;
             }
         }
-        true
-    }
-}
-
-fn parse(line: &[u8]) -> Result<Request, String> {
-    let value: Value = serde_json::from_slice(line).map_err(|_| "not a line of JSON".to_owned())?;
-    match value["command"].as_str() {
-        Some("status") => Ok(Request::Status),
-        Some("detach") => Ok(Request::Detach),
-        Some("switchover") => Ok(Request::Switchover),
-        Some("continue") => Ok(Request::Continue),
-        Some("rehearse") => Ok(Request::Rehearse),
-        Some(other) => Err(format!("unknown command {other:?}")),
-        None => Err("expected {\"command\": …}".to_owned()),
-    }
-}
-
-/// The client's side: asks, prints, and says how to exit.
-///
-/// # Errors
-/// The daemon's answer can't be read.
-pub(crate) fn ask(command: &str, socket: &Path, json: bool) -> anyhow::Result<Exit> {
-    let Ok(mut stream) = UnixStream::connect(socket) else {
-        eprintln!(
-            "no daemon answers at {}: is it running, and is this its --control or --vm-id and --mode?",
-            socket.display()
+        if self.line.len() < LINE_BYTES_MAX {
+            return true;
+        }
+        tell(
+            &self.stream,
+            &json!({ "error": format!("a line has at most {LINE_BYTES_MAX} bytes") }),
         );
-        return Ok(Exit::Refused);
-    };
-    stream.set_read_timeout(Some(ANSWER)).context("setting a time-out")?;
-    stream.write_all(format!("{}\n", json!({ "command": command })).as_bytes()).context("asking")?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).context("waiting for the daemon's answer")?;
-    let reply: Value = serde_json::from_str(&line).context("the daemon's answer is no JSON")?;
-    if let Some(error) = reply["error"].as_str() {
-        eprintln!("{command}: {error}");
-        return Ok(Exit::Refused);
-    }
-    if command != "status" {
-        println!("{command}: accepted; the daemon's log and `status` say how it goes");
-        return Ok(Exit::Clean);
-    }
-    if json {
-        print!("{line}");
-    } else {
-        print_status(&reply);
-    }
-    let fine = reply["protected"] == true || reply["state"] == "active";
-    Ok(if fine { Exit::Clean } else { Exit::Other })
-}
-
-fn print_status(reply: &Value) {
-    let text = |key: &str| match &reply[key] {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let yes = |key: &str| if reply[key] == true { "yes" } else { "no" };
-    println!("protected   {}", yes("protected"));
-    println!("state       {} (for {})", text("state"), human_us(&reply["state_age_us"]));
-    println!("link        {}", if reply["link_up"] == true { "up" } else { "down" });
-    println!("epoch       {}", text("epoch"));
-    println!("term        {}", text("term"));
-    if reply["mode"] == "primary" {
-        println!("behind      {}", human_us(&reply["behind_us"]));
-        println!("guest       {}", if reply["guest_running"] == true { "running" } else { "stopped" });
-    } else {
-        println!("silent for  {}", human_us(&reply["silent_us"]));
+        false
     }
 }
 
-fn human_us(value: &Value) -> String {
-    match value.as_u64() {
-        None => "-".to_owned(),
-        Some(us) if us < 1_000_000 => format!("{:.1} ms", us as f64 / 1e3),
-        Some(us) => format!("{:.1} s", us as f64 / 1e6),
+/// Whether all of it went into the socket's buffer.
+fn tell(mut stream: &UnixStream, reply: &Value) -> bool {
+    let line = format!("{reply}\n");
+    stream
+        .write(line.as_bytes())
+        .is_ok_and(|count| count == line.len())
+}
+
+/// # Errors
+/// Somebody listens there, or it is something else than a socket.
+fn remove_stale(path: &Path) -> Result<(), ControlError> {
+    use std::os::unix::fs::FileTypeExt;
+    let path_buf = || path.to_owned();
+    let failed = |operation, source| ControlError::Socket {
+        operation,
+        path: path_buf(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("looking for", error)),
+        Ok(data) if !data.file_type().is_socket() => {
+            return Err(ControlError::NotASocket { path: path_buf() });
+        }
+        Ok(_) => {}
     }
+    match UnixStream::connect(path) {
+        Ok(stream) => Err(ControlError::Taken {
+            path: path_buf(),
+            owner: owner(&stream),
+        }),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(|source| failed("removing the stale", source))
+        }
+        Err(error) => Err(failed("trying", error)),
+    }
+}
+
+/// ` (process 123)`, if the kernel tells.
+fn owner(stream: &UnixStream) -> String {
+    getsockopt(stream, PeerCredentials)
+        .map(|credentials| format!(" (process {})", credentials.pid()))
+        .unwrap_or_default()
+}
+
+/// The mode is set before the socket has a name: nobody else can connect for a moment.
+fn listen_privately(path: &Path) -> io::Result<UnixListener> {
+    let address = UnixAddr::new(path).map_err(|_| {
+        io::Error::other(format!(
+            "the path has {} bytes, a socket's has at most 107",
+            path.as_os_str().len()
+        ))
+    })?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&listener, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(listener.as_raw_fd(), &address)?;
+    listen(&listener, Backlog::new(CONNECTIONS_MAX as i32)?)?;
+    Ok(UnixListener::from(listener))
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let data = fs::symlink_metadata(path).ok()?;
+    Some((data.dev(), data.ino()))
 }

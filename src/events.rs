@@ -1,147 +1,187 @@
 //! What happens, for people and for machines: lines on standard error, and one JSON object per
 //! line in the file of `--events`. `docs/events.md` describes them.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+mod event;
+mod file;
+mod refused;
+
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use anyhow::Context;
-use ft_core::{Micros, backup, primary};
-use serde::Serialize;
-use serde_json::{Value, json};
+use ft_core::backup::Reason;
+use ft_core::primary::EpochReport;
+use ft_core::{Epoch, Micros, Term, backup, primary};
 
-/// Of refused strangers at most one line in this time is shown.
-const REFUSED_EVERY_US: u128 = 1_000_000;
+pub(crate) use self::event::Attached;
+use self::event::{Event, Line};
+use self::file::EventFile;
+use self::refused::Refused;
+use crate::screen::{self, Show};
+use crate::status_line::{Due, StatusLine};
 
-/// The subject of the protection.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Attached {
-    pub(crate) qemu_pid: i32,
-    pub(crate) qemu_version: String,
-    pub(crate) accel: String,
-    pub(crate) ram_bytes: u64,
-    pub(crate) tracker: String,
-    pub(crate) expected_pause_us: Option<u64>,
-}
-
-/// The one place that everything worth knowing goes to.
+/// The one place that everything worth knowing goes to. Nothing here blocks.
 #[derive(Debug)]
 pub(crate) struct Events {
-    file: Option<File>,
     mode: &'static str,
-    /// Lines that the file did not take.
-    lost: u64,
-    detect: Duration,
-    reason: &'static str,
-    refused: u64,
-    refused_shown_us: u128,
+    file: Option<EventFile>,
+    status_line: StatusLine,
+    refused: Refused,
+    /// Why this backup activates, and how long it took to see that.
+    activating: Option<(Reason, Duration)>,
 }
 
 impl Events {
     /// # Errors
     /// The file can't be opened.
     pub(crate) fn open(path: Option<&Path>, mode: &'static str) -> anyhow::Result<Events> {
-        let open = |path: &Path| {
-            let mut options = OpenOptions::new();
-            // A slow pipe must not stop a guest.
-            options.create(true).append(true).custom_flags(nix::libc::O_NONBLOCK);
-            options.open(path).with_context(|| format!("opening the event log {}", path.display()))
-        };
-        let file = path.map(open).transpose()?;
-        let detect = Duration::ZERO;
-        Ok(Events { file, mode, lost: 0, detect, reason: "", refused: 0, refused_shown_us: 0 })
+        Ok(Events {
+            mode,
+            file: path.map(|path| EventFile::open(path, mode)).transpose()?,
+            status_line: StatusLine::new(screen::is_terminal()),
+            refused: Refused::default(),
+            activating: None,
+        })
     }
 
     pub(crate) fn attached(&mut self, attached: &Attached) {
-        let mut fields = serde_json::to_value(attached).unwrap_or_default();
-        fields["mode"] = self.mode.into();
-        self.write("attached", fields);
-    }
-
-    pub(crate) fn ended(&mut self, how: &str, exit_code: u8) {
-        tracing::info!("ended: {how}");
-        self.write("ended", json!({ "how": how, "exit_code": exit_code }));
+        let Attached {
+            qemu_pid,
+            qemu_version,
+            accel,
+            ram_bytes,
+            tracker,
+            expected_pause_us,
+        } = attached;
+        let ram_mib = ram_bytes >> 20;
+        tracing::info!("QEMU {qemu_version} (process {qemu_pid}, {accel}, {ram_mib} MiB of RAM)");
+        if let Some(pause_us) = expected_pause_us {
+            let pause_ms = *pause_us as f64 / 1e3;
+            tracing::info!(
+                "tracker {tracker}; expect each epoch to pause the guest {pause_ms:.1} ms"
+            );
+        }
+        self.write(Event::Attached(attached));
     }
 
     pub(crate) fn error(&mut self, text: &str) {
         tracing::error!("{text}");
-        self.write("error", json!({ "text": text }));
+        self.write(Event::Error { text });
+    }
+
+    pub(crate) fn ended(&mut self, how: &str, exit_code: u8) {
+        let refused = self.refused.rest();
+        self.tell_refused(refused);
+        screen::show(Show::Clear);
+        tracing::info!("ended: {how}");
+        self.write(Event::Ended { how, exit_code });
     }
 
     pub(crate) fn next_timeout(&self) -> Option<Micros> {
-        None
+        [self.status_line.next_timeout(), self.refused.next_timeout()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
-    pub(crate) fn on_time(&mut self, _now: Micros) {}
+    pub(crate) fn on_time(&mut self, now: Micros) {
+        match self.status_line.on_time(now) {
+            Some(Due::Live(show)) => screen::show(show),
+            Some(Due::Plain(text)) => tracing::info!("{text}"),
+            None => {}
+        }
+        let refused = self.refused.on_time(now);
+        self.tell_refused(refused);
+    }
 
     pub(crate) fn primary(&mut self, report: &primary::Report) {
         use primary::Report;
         match report {
             Report::Connected => {
                 tracing::info!("connected to the backup");
-                self.write("connected", json!({}));
+                self.write(Event::Connected);
             }
-            Report::SyncProgress { round, pages_sent, pages_total } => {
-                tracing::info!("synchronising: round {round}, {pages_sent} pages sent");
-                let fields =
-                    json!({ "round": round, "pages_sent": pages_sent, "pages_total": pages_total });
-                self.write("sync_progress", fields);
-            }
-            Report::Synced { epoch, rounds, took } => {
-                tracing::info!("PROTECTED from epoch {epoch} on, after {rounds} rounds in {took:.1?}");
-                let fields = json!({ "epoch": epoch.0, "rounds": rounds, "took_us": us(*took) });
-                self.write("synced", fields);
-            }
-            Report::Epoch(epoch) => {
-                let fields = json!({
-                    "epoch": epoch.epoch.0,
-                    "kind": format!("{:?}", epoch.kind).to_lowercase(),
-                    "pause_us": us(epoch.pause),
-                    "dirty_pages": epoch.dirty_pages,
-                    "bytes": epoch.bytes,
-                    "commit_us": us(epoch.commit),
+            Report::SyncProgress {
+                round,
+                pages_sent,
+                pages_total,
+            } => {
+                tracing::debug!(
+                    "synchronising: round {round}, {pages_sent} of {pages_total} pages"
+                );
+                let (round, pages_sent, pages_total) = (*round, *pages_sent, *pages_total);
+                self.write(Event::SyncProgress {
+                    round,
+                    pages_sent,
+                    pages_total,
                 });
-                self.write("epoch", fields);
             }
-            Report::Audit { epoch, mismatched_blocks } => self.audit(epoch.0, mismatched_blocks),
+            Report::Synced {
+                epoch,
+                rounds,
+                took,
+            } => {
+                tracing::info!(
+                    "PROTECTED from epoch {epoch} on: synchronised in {rounds} rounds, {took:.1?}"
+                );
+                let (epoch, rounds, took_us) = (epoch.0, *rounds, us(*took));
+                self.write(Event::Synced {
+                    epoch,
+                    rounds,
+                    took_us,
+                });
+            }
+            Report::Epoch(epoch) => self.epoch(epoch),
+            Report::Audit {
+                epoch,
+                mismatched_blocks,
+            } => self.audit(*epoch, mismatched_blocks),
             Report::Tainted(text) => {
-                tracing::error!("NOT PROTECTED until a full epoch is through: {text}");
-                self.write("tainted", json!({ "text": text }));
+                tracing::error!("NOT PROTECTED until a full epoch is acknowledged: {text}");
+                self.write(Event::Tainted { text });
             }
             Report::BackupLost { proven, text } => {
-                tracing::error!("NOT PROTECTED: {text}");
-                self.write("backup_lost", json!({ "proven": proven, "text": text }));
+                let what = if *proven {
+                    "it can't take over"
+                } else {
+                    "it may be alive"
+                };
+                tracing::error!("NOT PROTECTED: the backup is lost, {what}: {text}");
+                self.write(Event::BackupLost {
+                    proven: *proven,
+                    text,
+                });
             }
             Report::Fenced => {
                 tracing::error!(
-                    "the lease is over: the guest is stopped until the backup is heard again. \
-                     `curling-rdma continue` runs it without: be sure that the backup is dead"
+                    "the lease is over: the guest is STOPPED until the backup is heard again. If \
+                     you know that the backup doesn't run it, `curling-rdma continue` lets it go on"
                 );
-                self.write("fenced", json!({}));
+                self.write(Event::Fenced);
             }
             Report::Unfenced => {
-                tracing::info!("the guest may run again");
-                self.write("unfenced", json!({}));
+                tracing::info!("the guest goes on");
+                self.write(Event::Unfenced);
             }
             Report::Throttled(on) => {
-                let what = if *on { "paused: the backup is slow" } else { "no longer paused" };
-                tracing::warn!("the guest is {what}");
-                self.write("throttled", json!({ "on": on }));
+                match on {
+                    true => tracing::warn!("the guest waits: the backup is slow"),
+                    false => tracing::info!("the guest no longer waits for the backup"),
+                }
+                self.write(Event::Throttled { on: *on });
             }
             Report::GuestStopped => {
-                tracing::info!("the guest was stopped");
-                self.write("guest_stopped", json!({}));
+                tracing::info!("the guest was stopped; the backup will know");
+                self.write(Event::GuestStopped);
             }
             Report::GuestResumed => {
                 tracing::info!("the guest was resumed");
-                self.write("guest_resumed", json!({}));
+                self.write(Event::GuestResumed);
             }
             Report::Rehearsed { ok, text } => self.rehearsed(*ok, text),
             Report::Error(text) => self.error(text),
             Report::Note(text) => self.note(text),
         }
+        self.show(|line| line.primary(report));
     }
 
     pub(crate) fn backup(&mut self, report: &backup::Report) {
@@ -149,112 +189,155 @@ impl Events {
         match report {
             Report::Connected => {
                 tracing::info!("a primary has connected");
-                self.write("connected", json!({}));
+                self.write(Event::Connected);
             }
-            Report::Refused { text } => self.refused(text),
+            Report::Refused { text } => {
+                let now = self.refused.add(text);
+                self.tell_refused(now);
+            }
             Report::Syncing => {
                 tracing::info!("synchronising: would not take over yet");
-                self.write("syncing", json!({}));
+                self.write(Event::Syncing);
             }
             Report::Protecting { epoch } => {
                 tracing::info!("PROTECTING from epoch {epoch} on");
-                self.write("protecting", json!({ "epoch": epoch.0 }));
+                self.write(Event::Protecting { epoch: epoch.0 });
             }
-            Report::EpochFlipped { epoch, kind, chunks, pages } => {
-                let kind = format!("{kind:?}").to_lowercase();
-                let fields =
-                    json!({ "epoch": epoch.0, "kind": kind, "chunks": chunks, "pages": pages });
-                self.write("flipped", fields);
+            Report::EpochFlipped {
+                epoch,
+                kind,
+                chunks,
+                pages,
+            } => {
+                let (epoch, kind, chunks, pages) = (epoch.0, (*kind).into(), *chunks, *pages);
+                self.write(Event::Flipped {
+                    epoch,
+                    kind,
+                    chunks,
+                    pages,
+                });
             }
-            Report::Audit { epoch, mismatched_blocks } => self.audit(epoch.0, mismatched_blocks),
+            Report::Audit {
+                epoch,
+                mismatched_blocks,
+            } => self.audit(*epoch, mismatched_blocks),
             Report::LinkLost { text } => {
-                tracing::warn!("link lost: {text}");
-                self.write("link_lost", json!({ "text": text }));
+                tracing::warn!("the link to the primary is lost: {text}");
+                self.write(Event::LinkLost { text });
             }
-            Report::Activating { epoch, term, reason, detect } => {
-                (self.detect, self.reason) = (*detect, reason.as_str());
-                tracing::warn!("TAKING OVER from epoch {epoch} ({})", self.reason);
-                let fields = json!({
-                    "epoch": epoch.0,
-                    "term": term.0,
-                    "reason": self.reason,
-                    "detect_us": us(*detect),
-                });
-                self.write("activating", fields);
+            Report::Activating {
+                epoch,
+                term,
+                reason,
+                detect,
+            } => {
+                self.activating(*epoch, *term, *reason, *detect);
             }
-            Report::Activated { epoch, term, took } => {
-                tracing::warn!("the guest runs HERE now, from epoch {epoch}, after {took:.1?}");
-                let fields = json!({
-                    "epoch": epoch.0,
-                    "term": term.0,
-                    "reason": self.reason,
-                    "detect_us": us(self.detect),
-                    "activate_us": us(*took),
-                });
-                self.write("failover", fields);
-            }
+            Report::Activated { epoch, term, took } => self.activated(*epoch, *term, *took),
             Report::NotActivating(text) => {
-                tracing::error!("{text}");
-                self.write("not_activating", json!({ "text": text }));
+                tracing::error!("NOT taking over: {text}");
+                self.write(Event::NotActivating { text });
             }
             Report::Rehearsed { ok, text } => self.rehearsed(*ok, text),
             Report::Error(text) => self.error(text),
             Report::Note(text) => self.note(text),
         }
+        self.show(|line| line.backup(report));
+    }
+}
+
+impl Events {
+    /// Fifty times a second: not for the log.
+    fn epoch(&mut self, report: &EpochReport) {
+        self.write(Event::Epoch {
+            epoch: report.epoch.0,
+            kind: report.kind.into(),
+            pause_us: us(report.pause),
+            dirty_pages: report.dirty_pages,
+            bytes: report.bytes,
+            commit_us: us(report.commit),
+        });
     }
 
-    fn audit(&mut self, epoch: u64, mismatched_blocks: &[u16]) {
+    fn activating(&mut self, epoch: Epoch, term: Term, reason: Reason, detect: Duration) {
+        tracing::warn!(
+            "TAKING OVER from epoch {epoch}, in term {term} ({})",
+            reason.as_str()
+        );
+        self.activating = Some((reason, detect));
+        self.write(Event::Activating {
+            epoch: epoch.0,
+            term: term.0,
+            reason: reason.as_str(),
+            detect_us: us(detect),
+        });
+    }
+
+    fn activated(&mut self, epoch: Epoch, term: Term, took: Duration) {
+        let (reason, detect) = self
+            .activating
+            .map_or(("unknown", Duration::ZERO), |(r, detect)| {
+                (r.as_str(), detect)
+            });
+        tracing::warn!(
+            "the guest runs HERE now, from epoch {epoch} on: seen after {detect:.1?}, activated \
+             in {took:.1?}"
+        );
+        self.write(Event::Failover {
+            epoch: epoch.0,
+            term: term.0,
+            reason,
+            detect_us: us(detect),
+            activate_us: us(took),
+        });
+    }
+
+    fn audit(&mut self, epoch: Epoch, mismatched_blocks: &[u16]) {
         let ok = mismatched_blocks.is_empty();
-        if !ok {
-            tracing::error!("the audit of epoch {epoch} found differing RAM blocks: {mismatched_blocks:?}");
+        match ok {
+            true => tracing::info!("audit of epoch {epoch}: all of RAM is equal"),
+            false => tracing::error!(
+                "audit of epoch {epoch}: these RAM blocks differ: {mismatched_blocks:?}"
+            ),
         }
-        let fields = json!({ "epoch": epoch, "ok": ok, "mismatched_blocks": mismatched_blocks });
-        self.write("audit", fields);
+        self.write(Event::Audit {
+            epoch: epoch.0,
+            ok,
+            mismatched_blocks,
+        });
     }
 
     fn rehearsed(&mut self, ok: bool, text: &str) {
         match ok {
             true => tracing::info!("rehearsal: {text}"),
-            false => tracing::error!("REHEARSAL FAILED, a failover would too: {text}"),
+            false => tracing::error!("the rehearsal FAILED, and so would a failover: {text}"),
         }
-        self.write("rehearsed", json!({ "ok": ok, "text": text }));
+        self.write(Event::Rehearsed { ok, text });
     }
 
     fn note(&mut self, text: &str) {
         tracing::info!("{text}");
-        self.write("note", json!({ "text": text }));
+        self.write(Event::Note { text });
     }
 
-    /// Strangers may knock thousands of times a second.
-    fn refused(&mut self, text: &str) {
-        self.refused += 1;
-        let now = now_us();
-        if now < self.refused_shown_us + REFUSED_EVERY_US {
-            return;
+    fn tell_refused(&self, refused: Option<(u64, String)>) {
+        let Some((count, text)) = refused else { return };
+        match count {
+            1 => tracing::warn!("refused: {text}"),
+            _ => tracing::warn!("refused {count} more, the last: {text}"),
         }
-        self.refused_shown_us = now;
-        let count = std::mem::take(&mut self.refused);
-        tracing::warn!("refused ({count} since the last line): {text}");
-        self.write("refused", json!({ "text": text, "count": count }));
+        self.write(Event::Refused { text: &text, count });
     }
 
-    fn write(&mut self, event: &str, mut fields: Value) {
-        let Some(file) = &mut self.file else { return };
-        if self.lost > 0 {
-            let line = json!({ "time_us": now_us() as u64, "event": "events_lost", "count": self.lost });
-            if file.write_all(format!("{line}\n").as_bytes()).is_err() {
-                self.lost += 1;
-                return;
-            }
-            self.lost = 0;
+    fn show(&mut self, change: impl FnOnce(&mut StatusLine) -> Option<Show>) {
+        if let Some(show) = change(&mut self.status_line) {
+            screen::show(show);
         }
-        fields["time_us"] = (now_us() as u64).into();
-        fields["event"] = event.into();
-        if let Err(error) = file.write_all(format!("{fields}\n").as_bytes()) {
-            if self.lost == 0 {
-                tracing::warn!("the event log does not take lines, protection goes on: {error}");
-            }
-            self.lost += 1;
+    }
+
+    fn write(&self, event: Event<'_>) {
+        if let Some(file) = &self.file {
+            file.write(&Line::new(self.mode, event));
         }
     }
 }
@@ -263,6 +346,5 @@ fn us(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn now_us() -> u128 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros())
-}
+#[cfg(test)]
+mod tests;

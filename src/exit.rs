@@ -3,6 +3,8 @@
 use std::io::ErrorKind;
 use std::process::ExitCode;
 
+use crate::config::ConfigError;
+
 /// How the program ended. The numbers are promised to scripts: they never change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -43,6 +45,9 @@ pub(crate) struct Refusal(pub(crate) String);
 impl Exit {
     /// What an error that nobody handled means.
     pub(crate) fn of_error(error: &anyhow::Error) -> Exit {
+        if error.chain().any(|cause| cause.is::<ConfigError>()) {
+            return Exit::Usage;
+        }
         if error.chain().any(is_privilege) {
             return Exit::Privilege;
         }
@@ -91,14 +96,25 @@ mod tests {
         let denied = std::io::Error::from_raw_os_error(libc::EACCES);
         let cases = [
             (anyhow!("something"), Exit::Other),
-            (anyhow::Error::new(denied).context("opening /dev/kvm"), Exit::Privilege),
-            (anyhow::Error::new(nix::errno::Errno::EPERM).context("ptrace"), Exit::Privilege),
-            (anyhow::Error::new(Refusal("vhost-user".into())).context("attach"), Exit::Refused),
+            (
+                anyhow::Error::new(denied).context("opening /dev/kvm"),
+                Exit::Privilege,
+            ),
+            (
+                anyhow::Error::new(nix::errno::Errno::EPERM).context("ptrace"),
+                Exit::Privilege,
+            ),
+            (
+                anyhow::Error::new(Refusal("vhost-user".into())).context("attach"),
+                Exit::Refused,
+            ),
         ];
         for (error, exit) in cases {
             assert_eq!(Exit::of_error(&error), exit, "{error:#}");
         }
-        let gone = std::fs::read("/nonexistent").context("reading").unwrap_err();
+        let gone = std::fs::read("/nonexistent")
+            .context("reading")
+            .unwrap_err();
         assert_eq!(Exit::of_error(&gone), Exit::Other);
     }
 

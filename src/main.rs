@@ -1,5 +1,6 @@
 //! `curling-rdma`: keeps a QEMU virtual machine alive through the death of its host.
 
+mod background;
 mod cli;
 mod config;
 mod control;
@@ -9,65 +10,56 @@ mod exit;
 mod guard;
 mod nursery;
 mod random;
+mod screen;
 mod setup;
 mod signals;
 mod state_store;
+mod status_line;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
 use qemu_bridge::guardian;
 use tracing_subscriber::EnvFilter;
 
-use cli::{Cli, DaemonArgs, Operation, Target};
-use config::{Mode, Settings, control_socket};
+use cli::{Cli, DaemonArgs};
+use config::{Mode, Settings};
 use exit::Exit;
+use screen::Screen;
+
+/// What is logged, as `tracing-subscriber` has it: `debug`, `transport=trace`, …
+const LOG_VARIABLE: &str = "CURLING_LOG";
 
 fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some(guardian::ARGUMENT) {
+    if std::env::args_os().nth(1).is_some_and(|first| first == guardian::ARGUMENT) {
         guardian::main();
     }
-    let filter = EnvFilter::try_from_env("CURLING_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let cli = Cli::parse();
-    let result = match cli.command {
-        Some(operation) => ask(operation),
-        None => run(cli.daemon),
+    let Cli { command, daemon } = Cli::parse();
+    let result = match command {
+        Some(operation) => control::run(operation),
+        None => run(daemon),
     };
-    match result {
-        Ok(exit) => exit.into(),
-        Err(error) => {
-            eprintln!("curling-rdma: {error:#}");
-            Exit::of_error(&error).into()
-        }
-    }
+    let exit = result.unwrap_or_else(|error| {
+        eprintln!("curling-rdma: {error:#}");
+        Exit::of_error(&error)
+    });
+    exit.into()
 }
 
+/// The daemon. What is left to be shown is shown before it returns.
 fn run(arguments: DaemonArgs) -> anyhow::Result<Exit> {
-    let settings = match Settings::new(arguments) {
-        Ok(settings) => settings,
-        Err(error) => {
-            eprintln!("curling-rdma: {error}");
-            return Ok(Exit::Usage);
-        }
-    };
+    let settings = Settings::new(arguments)?;
+    let _screen = Screen::start().context("starting a thread failed")?;
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(screen::writer)
+        .with_ansi(screen::is_terminal())
+        .with_target(false)
+        .init();
     match settings.mode {
         Mode::Primary { .. } => setup::run_primary(&settings),
         Mode::Backup { .. } => setup::run_backup(&settings),
     }
-}
-
-fn ask(operation: Operation) -> anyhow::Result<Exit> {
-    let (command, target, json) = match operation {
-        Operation::Status { json, target } => ("status", target, json),
-        Operation::Detach { target } => ("detach", target, false),
-        Operation::Switchover { target } => ("switchover", target, false),
-        Operation::Continue { target } => ("continue", target, false),
-        Operation::Rehearse { target } => ("rehearse", target, false),
-    };
-    let Target { control, vm_id, mode } = target;
-    let socket = control.unwrap_or_else(|| {
-        control_socket(vm_id.as_deref().unwrap_or("vm"), mode.unwrap_or(cli::ModeName::Primary))
-    });
-    control::ask(command, &socket, json)
 }

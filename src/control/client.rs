@@ -1,0 +1,304 @@
+//! The operator's side: finds the daemon, asks it, and shows what it says.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::Request;
+use crate::cli::{ModeName, Operation, Target};
+use crate::config::{control_socket, runtime_dir};
+use crate::exit::Exit;
+
+/// A daemon that is alive answers within milliseconds.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
+/// A switchover waits for an epoch and an activation; a detach for an acknowledgement.
+const END_PATIENCE: Duration = Duration::from_secs(60);
+const ANSWER_BYTES_MAX: u64 = 64 << 10;
+/// The daemon is not there, or refuses: the exit code of both.
+const NO: Exit = Exit::Refused;
+
+/// Carries out a subcommand.
+///
+/// # Errors
+/// The daemon can't be asked, or doesn't answer.
+pub(crate) fn run(operation: Operation) -> anyhow::Result<Exit> {
+    match operation {
+        Operation::Status { json, target } => status(&target, json),
+        Operation::Detach { target } => command(Request::Detach, &target),
+        Operation::Switchover { target } => command(Request::Switchover, &target),
+        Operation::Continue { target } => command(Request::Continue, &target),
+        Operation::Rehearse { target } => command(Request::Rehearse, &target),
+    }
+}
+
+fn status(target: &Target, json: bool) -> anyhow::Result<Exit> {
+    let daemons = find(target)?;
+    if daemons.is_empty() {
+        eprintln!("{}", nobody(target));
+        return Ok(NO);
+    }
+    let mut all = true;
+    for (at, mut daemon) in daemons.into_iter().enumerate() {
+        let reply = daemon.ask(Request::Status)?;
+        all &= reply["protected"] == true;
+        if json {
+            println!("{reply}");
+        } else {
+            if at > 0 {
+                println!();
+            }
+            print!("{}", table(&daemon.socket, &reply));
+        }
+    }
+    Ok(if all { Exit::Clean } else { Exit::Other })
+}
+
+fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
+    let mut daemons = find(target)?;
+    if target.control.is_none() && target.mode.is_none() {
+        // A command is for the primary; where there is none, for the backup.
+        let primary = |daemon: &Daemon| socket_mode(&daemon.socket) == Some(ModeName::Primary);
+        if daemons.iter().any(primary) {
+            daemons.retain(primary);
+        }
+    }
+    let mut daemon = match daemons.len() {
+        0 => {
+            eprintln!("{}", nobody(target));
+            return Ok(NO);
+        }
+        1 => daemons.remove(0),
+        _ => {
+            let names: Vec<_> = daemons.iter().map(|d| d.socket.display().to_string()).collect();
+            bail!("several daemons run here, say --vm-id or --control: {}", names.join(", "));
+        }
+    };
+    let reply = daemon.ask(request)?;
+    if let Some(error) = reply["error"].as_str() {
+        eprintln!("refused: {error}");
+        return Ok(NO);
+    }
+    match request {
+        Request::Detach | Request::Switchover => daemon.wait_for_its_end(),
+        Request::Continue => {
+            println!("asked for; `curling-rdma status` shows whether the guest runs");
+            Ok(Exit::Clean)
+        }
+        Request::Rehearse => {
+            println!("asked for; the daemon tells the result in its log, and as event `rehearsed`");
+            Ok(Exit::Clean)
+        }
+        Request::Status => unreachable!("status has its own way"),
+    }
+}
+
+struct Daemon {
+    socket: PathBuf,
+    stream: BufReader<UnixStream>,
+}
+
+impl Daemon {
+    /// `None`: nobody listens there.
+    fn connect(socket: &Path) -> anyhow::Result<Option<Daemon>> {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
+        match UnixStream::connect(socket) {
+            Ok(stream) => {
+                stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
+                Ok(Some(Daemon { socket: socket.to_owned(), stream: BufReader::new(stream) }))
+            }
+            Err(error) if matches!(error.kind(), ConnectionRefused | NotFound) => Ok(None),
+            Err(error) => {
+                Err(error).with_context(|| format!("connecting to {}", socket.display()))
+            }
+        }
+    }
+
+    fn ask(&mut self, request: Request) -> anyhow::Result<Value> {
+        let socket = self.socket.display();
+        let mut line = serde_json::to_vec(&request).context("writing a request")?;
+        line.push(b'\n');
+        let asked = self.stream.get_mut().write_all(&line);
+        asked.with_context(|| format!("asking the daemon at {socket}"))?;
+        let mut answer = String::new();
+        let read = self.stream.by_ref().take(ANSWER_BYTES_MAX).read_line(&mut answer);
+        read.with_context(|| format!("waiting for an answer of the daemon at {socket}"))?;
+        if answer.is_empty() {
+            bail!("the daemon at {socket} has ended");
+        }
+        let wrong = || format!("the daemon at {socket} answers in another language");
+        serde_json::from_str(&answer).with_context(wrong)
+    }
+
+    /// The daemon's end closes the connection.
+    fn wait_for_its_end(mut self) -> anyhow::Result<Exit> {
+        self.stream.get_ref().set_read_timeout(Some(END_PATIENCE))?;
+        match self.stream.read(&mut [0]) {
+            Ok(0) => {
+                println!("done: the daemon has ended; its log says how");
+                Ok(Exit::Clean)
+            }
+            Ok(_) => bail!("the daemon says more than was asked"),
+            Err(_) => {
+                let seconds = END_PATIENCE.as_secs();
+                bail!("not done after {seconds} s: `curling-rdma status` and the log say why")
+            }
+        }
+    }
+}
+
+/// The daemons that are meant, and that answer.
+fn find(target: &Target) -> anyhow::Result<Vec<Daemon>> {
+    let mut daemons = Vec::new();
+    for socket in sockets(target)? {
+        daemons.extend(Daemon::connect(&socket)?);
+    }
+    Ok(daemons)
+}
+
+fn sockets(target: &Target) -> anyhow::Result<Vec<PathBuf>> {
+    if let Some(socket) = &target.control {
+        return Ok(vec![socket.clone()]);
+    }
+    let modes = match target.mode {
+        Some(mode) => vec![mode],
+        None => vec![ModeName::Primary, ModeName::Backup],
+    };
+    if let Some(vm_id) = &target.vm_id {
+        return Ok(modes.into_iter().map(|mode| control_socket(vm_id, mode)).collect());
+    }
+    let dir = runtime_dir();
+    let entries = match fs::read_dir(&dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.with_context(|| format!("looking for daemons in {}", dir.display()))?,
+    };
+    let meant = |path: &PathBuf| socket_mode(path).is_some_and(|mode| modes.contains(&mode));
+    let mut sockets: Vec<_> = entries.flatten().map(|e| e.path()).filter(meant).collect();
+    sockets.sort();
+    Ok(sockets)
+}
+
+fn socket_mode(socket: &Path) -> Option<ModeName> {
+    let name = socket.file_name()?.to_str()?;
+    [ModeName::Primary, ModeName::Backup]
+        .into_iter()
+        .find(|mode| name.ends_with(&format!("-{}.sock", mode.as_str())))
+}
+
+fn nobody(target: &Target) -> String {
+    match (&target.control, &target.vm_id) {
+        (Some(socket), _) => format!("no daemon answers at {}", socket.display()),
+        (None, Some(vm_id)) => format!("no daemon for the VM {vm_id:?} answers on this host"),
+        (None, None) => format!(
+            "no daemon answers in {}: is it another user's, or has it its own --control?",
+            runtime_dir().display()
+        ),
+    }
+}
+
+/// Is it protected, since when, and how far is the backup behind?
+fn table(socket: &Path, reply: &Value) -> String {
+    let name = socket.file_stem().unwrap_or_default().to_string_lossy();
+    let mode = reply["mode"].as_str().unwrap_or("daemon");
+    let protected = if reply["protected"] == true { "yes" } else { "NO" };
+    let state = reply["state"].as_str().unwrap_or("?");
+    let up_down = if reply["link_up"] == true { "up" } else { "DOWN" };
+    let mut rows = vec![
+        ("protected", format!("{protected} ({state} for {})", age(&reply["state_age_us"]))),
+        ("link", up_down.to_owned()),
+        ("epoch", number(&reply["epoch"])),
+    ];
+    if mode == "primary" {
+        let running = if reply["guest_running"] == true { "running" } else { "stopped" };
+        let fenced = if reply["fenced"] == true { ": the backup is silent" } else { "" };
+        rows.push(("behind", age(&reply["behind_us"])));
+        rows.push(("guest", format!("{running}{fenced}")));
+    } else {
+        rows.push(("applied", number(&reply["applied"])));
+        rows.push(("silent for", age(&reply["silent_us"])));
+    }
+    rows.push(("term", number(&reply["term"])));
+    let mut table = format!("{name}\n");
+    for (title, value) in rows {
+        table += &format!("  {title:<11} {value}\n");
+    }
+    table
+}
+
+fn number(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".to_owned(), |number| number.to_string())
+}
+
+fn age(value: &Value) -> String {
+    let Some(us) = value.as_u64() else { return "-".to_owned() };
+    let seconds = us / 1_000_000;
+    match seconds {
+        0 => format!("{:.1} ms", us as f64 / 1e3),
+        1..=119 => format!("{:.1} s", us as f64 / 1e6),
+        120..=7199 => format!("{} min", seconds / 60),
+        7200..=172_799 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_table_answers_the_questions() {
+        let reply = json!({
+            "mode": "primary", "state": "protected", "protected": true, "link_up": true,
+            "state_age_us": 7_500_000_000_u64, "epoch": 41, "behind_us": 21_300, "term": 2,
+            "guest_running": true, "fenced": false,
+        });
+        let table = table(Path::new("/run/curling-rdma/web-primary.sock"), &reply);
+        let expected = "web-primary\n  protected   yes (protected for 2 h 5 min)\n  \
+                        link        up\n  epoch       41\n  behind      21.3 ms\n  \
+                        guest       running\n  term        2\n";
+        assert_eq!(table, expected);
+    }
+
+    #[test]
+    fn a_table_survives_another_version_of_the_daemon() {
+        let table = table(Path::new("s"), &json!({}));
+        assert!(table.contains("protected   NO (? for -)"), "{table}");
+    }
+
+    #[test]
+    fn ages_are_for_people() {
+        let cases = [
+            (json!(null), "-"),
+            (json!(1500), "1.5 ms"),
+            (json!(2_500_000), "2.5 s"),
+            (json!(600_000_000_u64), "10 min"),
+            (json!(864_000_000_000_u64), "10 d"),
+        ];
+        for (value, expected) in cases {
+            assert_eq!(age(&value), expected);
+        }
+    }
+
+    #[test]
+    fn a_socket_that_nobody_serves_is_code_3() {
+        let control = Some(PathBuf::from("/nonexistent/c.sock"));
+        let target = Target { control, ..Target::default() };
+        let exit = run(Operation::Status { json: true, target: target.clone() }).unwrap();
+        assert_eq!(exit as u8, 3);
+        assert_eq!(run(Operation::Detach { target }).unwrap() as u8, 3);
+    }
+
+    #[test]
+    fn the_mode_is_in_the_name() {
+        let mode = |name: &str| socket_mode(Path::new(name));
+        assert_eq!(mode("/run/x/web-primary.sock"), Some(ModeName::Primary));
+        assert_eq!(mode("web-backup.sock"), Some(ModeName::Backup));
+        assert_eq!(mode("web.sock"), None);
+    }
+}

@@ -1,0 +1,310 @@
+//! How it goes, in one line: live on a terminal, every ten seconds elsewhere.
+
+use std::time::Duration;
+
+use ft_core::primary::EpochReport;
+use ft_core::{Epoch, Micros, backup, primary};
+use hdrhistogram::Histogram;
+
+use crate::screen::Show;
+
+/// A live line shows what the last second was like.
+const LIVE_PERIOD: Duration = Duration::from_secs(1);
+const PLAIN_PERIOD: Duration = Duration::from_secs(10);
+/// Longer pauses are shown as this.
+const PAUSE_MAX_US: u64 = 60_000_000;
+
+#[derive(Debug)]
+pub(crate) struct StatusLine {
+    live: bool,
+    state: &'static str,
+    epoch: Epoch,
+    window: Window,
+    now: Micros,
+    window_since: Micros,
+    /// When the last epoch was acknowledged (or flipped), and how old its boundary was then.
+    last_epoch: Option<(Micros, Duration)>,
+    /// `None`: there is nothing that changes by itself.
+    next_at: Option<Micros>,
+}
+
+/// What has happened since the last line.
+#[derive(Debug)]
+struct Window {
+    pauses: Histogram<u64>,
+    epochs: u64,
+    pages: u64,
+    bytes: u64,
+}
+
+/// A line that is due.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Due {
+    /// For the terminal's live line.
+    Live(Show),
+    /// For the log.
+    Plain(String),
+}
+
+impl StatusLine {
+    pub(crate) fn new(live: bool) -> StatusLine {
+        StatusLine {
+            live,
+            state: "waiting",
+            epoch: Epoch::NONE,
+            window: Window::new(),
+            now: Micros(0),
+            window_since: Micros(0),
+            last_epoch: None,
+            // Tells us the time as soon as the loop runs.
+            next_at: Some(Micros(0)),
+        }
+    }
+
+    /// What changes on the screen at once.
+    pub(crate) fn primary(&mut self, report: &primary::Report) -> Option<Show> {
+        use primary::Report;
+        match report {
+            Report::Connected => self.become_("connected"),
+            Report::SyncProgress {
+                round,
+                pages_sent,
+                pages_total,
+            } => {
+                self.state = "synchronising";
+                let (done, total) = (*pages_sent, *pages_total);
+                self.live.then_some(Show::Progress {
+                    round: *round,
+                    done,
+                    total,
+                })
+            }
+            Report::Synced { epoch, .. } => {
+                self.epoch = *epoch;
+                self.become_("PROTECTED")
+            }
+            Report::Epoch(epoch) => {
+                self.count(epoch);
+                None
+            }
+            Report::Tainted(_) => self.become_("NOT PROTECTED, resynchronising"),
+            Report::BackupLost { .. } => self.become_("NOT PROTECTED, no backup"),
+            Report::Fenced => self.become_("STOPPED: the backup is silent"),
+            Report::Unfenced => self.become_("PROTECTED"),
+            Report::Throttled(true) => self.become_("PROTECTED, guest waits for the backup"),
+            Report::Throttled(false) => self.become_("PROTECTED"),
+            Report::Audit { .. }
+            | Report::GuestStopped
+            | Report::GuestResumed
+            | Report::Rehearsed { .. }
+            | Report::Error(_)
+            | Report::Note(_) => None,
+        }
+    }
+
+    /// As [`StatusLine::primary`].
+    pub(crate) fn backup(&mut self, report: &backup::Report) -> Option<Show> {
+        use backup::Report;
+        match report {
+            Report::Connected => self.become_("connected"),
+            Report::Syncing => self.become_("synchronising, would not take over yet"),
+            Report::Protecting { epoch } => {
+                self.epoch = *epoch;
+                self.become_("PROTECTING")
+            }
+            Report::EpochFlipped { epoch, pages, .. } => {
+                self.epoch = *epoch;
+                self.window.epochs += 1;
+                self.window.pages += pages;
+                self.last_epoch = Some((self.now, Duration::ZERO));
+                None
+            }
+            Report::LinkLost { .. } => self.become_("link lost"),
+            Report::Activating { .. } => self.become_("TAKING OVER"),
+            Report::Activated { .. } => self.become_("the guest runs HERE"),
+            Report::NotActivating(_) => self.become_("can't take over"),
+            Report::Refused { .. }
+            | Report::Audit { .. }
+            | Report::Rehearsed { .. }
+            | Report::Error(_)
+            | Report::Note(_) => None,
+        }
+    }
+
+    pub(crate) fn next_timeout(&self) -> Option<Micros> {
+        self.next_at
+    }
+
+    pub(crate) fn on_time(&mut self, now: Micros) -> Option<Due> {
+        self.now = now;
+        if self.next_at.is_none_or(|at| now < at) {
+            return None;
+        }
+        let first = self.window_since == Micros(0);
+        let quiet = self.window.epochs == 0;
+        let text = self.text();
+        self.window.clear();
+        self.window_since = now;
+        self.next_at = Some(now + if self.live { LIVE_PERIOD } else { PLAIN_PERIOD });
+        match (self.live, quiet) {
+            (true, _) if self.state == "synchronising" => None,
+            (true, _) => Some(Due::Live(Show::Live(text))),
+            // The state's change was logged; without epochs there is no more to say.
+            (false, true) => None,
+            (false, false) => (!first).then_some(Due::Plain(text)),
+        }
+    }
+
+    fn become_(&mut self, state: &'static str) -> Option<Show> {
+        self.state = state;
+        self.live.then(|| Show::Live(self.text()))
+    }
+
+    fn count(&mut self, report: &EpochReport) {
+        self.epoch = report.epoch;
+        self.window.epochs += 1;
+        self.window.pages += report.dirty_pages;
+        self.window.bytes += report.bytes;
+        let pause_us = u64::try_from(report.pause.as_micros()).unwrap_or(u64::MAX);
+        self.window.pauses.saturating_record(pause_us.max(1));
+        self.last_epoch = Some((self.now, report.commit));
+    }
+
+    fn text(&self) -> String {
+        let mut text = format!("{} · epoch {}", self.state, self.epoch);
+        let Window {
+            pauses,
+            epochs,
+            pages,
+            bytes,
+        } = &self.window;
+        if !pauses.is_empty() {
+            let [p50, p99] = [0.5, 0.99].map(|q| pauses.value_at_quantile(q) as f64 / 1e3);
+            text += &format!(" · pause {p50:.1}/{p99:.1} ms (p50/p99)");
+        }
+        if let Some(mean) = pages.checked_div(*epochs) {
+            text += &format!(" · {mean} pages");
+        }
+        let seconds = self.now.since(self.window_since).as_secs_f64();
+        if *bytes > 0 && seconds > 0.0 {
+            text += &format!(" · {:.1} MB/s", *bytes as f64 / 1e6 / seconds);
+        }
+        if let Some((at, age)) = self.last_epoch {
+            let behind = self.now.since(at) + age;
+            text += &format!(" · behind {:.0} ms", behind.as_secs_f64() * 1e3);
+        }
+        text
+    }
+}
+
+impl Window {
+    fn new() -> Window {
+        let pauses = Histogram::new_with_bounds(1, PAUSE_MAX_US, 2).expect("the bounds are right");
+        Window {
+            pauses,
+            epochs: 0,
+            pages: 0,
+            bytes: 0,
+        }
+    }
+
+    fn clear(&mut self) {
+        self.pauses.reset();
+        (self.epochs, self.pages, self.bytes) = (0, 0, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ft_core::EpochKind;
+
+    use super::*;
+
+    fn epoch(number: u64, pause_ms: u64) -> primary::Report {
+        primary::Report::Epoch(EpochReport {
+            epoch: Epoch(number),
+            kind: EpochKind::Delta,
+            pause: Duration::from_millis(pause_ms),
+            dirty_pages: 800,
+            bytes: 3_300_000,
+            commit: Duration::from_millis(4),
+        })
+    }
+
+    const START: Micros = Micros(5_000_000);
+
+    /// A second of epochs.
+    fn second_of_epochs(line: &mut StatusLine) {
+        line.on_time(START);
+        line.primary(&primary::Report::Synced {
+            epoch: Epoch(1),
+            rounds: 2,
+            took: Duration::from_secs(1),
+        });
+        for number in 2..=51 {
+            line.primary(&epoch(number, if number == 51 { 9 } else { 2 }));
+        }
+    }
+
+    #[test]
+    fn a_live_line_tells_what_the_last_second_was_like() {
+        let mut line = StatusLine::new(true);
+        second_of_epochs(&mut line);
+        assert_eq!(line.next_timeout(), Some(START + LIVE_PERIOD));
+        assert_eq!(line.on_time(START + LIVE_PERIOD / 2), None);
+        let Some(Due::Live(Show::Live(text))) = line.on_time(START + LIVE_PERIOD) else {
+            panic!()
+        };
+        assert_eq!(
+            text,
+            "PROTECTED · epoch 51 · pause 2.0/2.0 ms (p50/p99) · 800 pages · 165.0 MB/s · behind \
+             504 ms"
+        );
+        // The next second is its own.
+        let Some(Due::Live(Show::Live(text))) = line.on_time(START + LIVE_PERIOD * 2) else {
+            panic!()
+        };
+        assert!(!text.contains("pause"), "{text}");
+    }
+
+    #[test]
+    fn elsewhere_there_is_a_line_in_ten_seconds_if_there_were_epochs() {
+        let mut line = StatusLine::new(false);
+        second_of_epochs(&mut line);
+        assert_eq!(line.on_time(START + LIVE_PERIOD), None);
+        let Some(Due::Plain(text)) = line.on_time(START + PLAIN_PERIOD) else {
+            panic!()
+        };
+        assert!(
+            text.starts_with("PROTECTED · epoch 51 · pause 2.0/"),
+            "{text}"
+        );
+        assert_eq!(line.on_time(START + PLAIN_PERIOD * 2), None);
+    }
+
+    #[test]
+    fn a_change_is_seen_at_once() {
+        let mut line = StatusLine::new(true);
+        let shown = line.primary(&primary::Report::Fenced);
+        assert_eq!(
+            shown,
+            Some(Show::Live("STOPPED: the backup is silent · epoch 0".into()))
+        );
+        let progress = primary::Report::SyncProgress {
+            round: 1,
+            pages_sent: 5,
+            pages_total: 10,
+        };
+        assert_eq!(
+            line.primary(&progress),
+            Some(Show::Progress {
+                round: 1,
+                done: 5,
+                total: 10
+            })
+        );
+        assert_eq!(StatusLine::new(false).primary(&progress), None);
+        let shown = line.backup(&backup::Report::Protecting { epoch: Epoch(7) });
+        assert_eq!(shown, Some(Show::Live("PROTECTING · epoch 7".into())));
+    }
+}
