@@ -378,6 +378,7 @@ impl Driver {
             Action::SaveDevices => self.parts.qemu.save(),
             Action::ResumeVm => self.parts.qemu.resume(),
             Action::FenceVm => self.parts.qemu.fence(clock::now()),
+            Action::ThawVm => self.parts.qemu.thaw(),
             Action::EndVm => self.parts.qemu.end(),
             // The loop's end leaves it as it was.
             Action::LeaveVm => {}

@@ -88,8 +88,13 @@ impl Backup {
                 "activating from an epoch that isn't applied"
             );
             // From here on the standby may be the only copy.
+            let retried = activation.retried;
             self.act(Action::Guardian { armed: false });
-            self.act(Action::Activate { epoch, run_state });
+            self.act(if retried {
+                Action::RespawnAndActivate { epoch, run_state }
+            } else {
+                Action::Activate { epoch, run_state }
+            });
         }
     }
 
@@ -111,11 +116,15 @@ impl Backup {
             return self.finish(End::Failed(text));
         }
         activation.retried = true;
+        let started = activation.started;
         self.report(Report::Error(format!(
             "the standby did not load, trying a fresh one: {text}"
         )));
-        let (epoch, run_state) = (self.last_flipped, self.run_state);
-        self.act(Action::RespawnAndActivate { epoch, run_state });
+        // The standby may die before its time has come: while the term is stored.
+        if started {
+            let (epoch, run_state) = (self.last_flipped, self.run_state);
+            self.act(Action::RespawnAndActivate { epoch, run_state });
+        }
     }
 
     pub(super) fn want_rehearsal(&mut self) {

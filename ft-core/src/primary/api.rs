@@ -210,6 +210,9 @@ pub enum Action {
     },
     /// Stop the guest and keep it stopped: the lease is over.
     FenceVm,
+    /// The fence is being lifted: a QEMU that was frozen because it did not stop in time may
+    /// carry out its commands again. The fence's `stop` is among them.
+    ThawVm,
     /// End QEMU: the other copy is the real one, or the guest is done.
     EndVm,
     /// Leave QEMU running as it was before the attach: no tracker, no gate, no descriptor.

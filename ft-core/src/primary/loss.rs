@@ -41,6 +41,7 @@ impl Primary {
     pub(super) fn unfence(&mut self) {
         if self.hold.fenced {
             self.hold.fenced = false;
+            self.act(Action::ThawVm);
             self.report(Report::Unfenced);
         }
     }

@@ -157,6 +157,10 @@ impl Primary {
         }
         self.act(Action::KeepProof);
         self.report(Report::Connected);
+        if self.hold.fenced {
+            // What is settled next may wait for the replies of a frozen QEMU.
+            self.act(Action::ThawVm);
+        }
         self.link = LinkState::Settling {
             backup_has: hello.last_epoch,
         };

@@ -144,7 +144,8 @@ impl Qemu {
         kill(Pid::from_raw(self.process.pid()), signal)
     }
 
-    fn thaw(&mut self) {
+    /// Lets a QEMU that a fence has frozen carry out its commands again.
+    pub(super) fn thaw(&mut self) {
         self.fence_until = None;
         if self.frozen {
             self.frozen = false;
