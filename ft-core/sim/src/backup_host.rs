@@ -69,6 +69,8 @@ pub struct BackupHost {
     pub daemon: Option<BackupDaemon>,
     pub number: u32,
     pub vm: Option<Vm>,
+    /// RAM of a standby that has died: it belongs to the daemon.
+    remains: Option<Vm>,
     pub guardian: bool,
     /// Has told the primary that it will not activate.
     pub stood_down: bool,
@@ -125,6 +127,7 @@ impl BackupHost {
             }),
             number,
             vm: Some(Vm::standby()),
+            remains: None,
             guardian: false,
             stood_down: false,
             end: None,
@@ -433,6 +436,9 @@ impl World {
                 self.backup_later((4_000, 17_000), Later::Activated { epoch, run_state });
             }
             Action::RespawnAndActivate { epoch, run_state } => {
+                if let Some(remains) = self.backup.remains.take() {
+                    self.backup.vm = Some(remains);
+                }
                 self.backup_later((100_000, 300_000), Later::Activated { epoch, run_state });
             }
             Action::ForgetImage => self.checks.image_forgotten(),
@@ -636,7 +642,7 @@ impl World {
     ) -> Option<Input<'static>> {
         let fails = std::mem::take(&mut self.backup.apply_fails);
         let daemon = self.backup.daemon.as_mut()?;
-        let vm = self.backup.vm.as_mut()?;
+        let vm = self.backup.vm.as_mut().or(self.backup.remains.as_mut())?;
         let data: Vec<Rc<Chunk>> = chunks
             .iter()
             .filter_map(|id| daemon.chunks.remove(id))
@@ -657,6 +663,7 @@ impl World {
         }
         if fails {
             self.checks.standby_damaged = true;
+            self.checks.damaged_once = true;
             return Some(Input::ApplyFailed {
                 text: "the simulator says so".to_owned(),
             });
@@ -738,10 +745,13 @@ impl World {
     }
 
     pub fn kill_backup_vm(&mut self) {
-        let Some(vm) = self.backup.vm.take() else {
+        let Some(mut vm) = self.backup.vm.take() else {
             return;
         };
-        for link in vm.proofs {
+        let links = std::mem::take(&mut vm.proofs);
+        vm.running = false;
+        self.backup.remains = Some(vm);
+        for link in links {
             self.close_proof(link, Side::Backup);
         }
     }

@@ -28,6 +28,8 @@ pub struct Checks {
     pub declared: bool,
     /// The standby's RAM is known to be damaged until a full epoch is applied.
     pub standby_damaged: bool,
+    /// It was once: an image that is known to be wrong is not activated.
+    pub damaged_once: bool,
     pub acknowledged: u64,
     pub failovers: u64,
     pub late_writes: u64,

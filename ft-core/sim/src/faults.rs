@@ -267,6 +267,7 @@ impl World {
             Fault::StandbyDamaged => {
                 if let Some(vm) = self.backup.vm.as_mut().filter(|vm| !vm.running) {
                     self.checks.standby_damaged = true;
+                    self.checks.damaged_once = true;
                     vm.ram[0][5] ^= 1;
                 }
             }

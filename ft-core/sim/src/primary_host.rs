@@ -438,6 +438,12 @@ impl World {
                 let number = self.primary.number;
                 self.after(FENCE_PATIENCE_US, Event::FenceDue(number));
             }
+            Action::ThawVm => {
+                daemon.fence_unanswered = false;
+                if let Some(vm) = &mut self.primary.vm {
+                    vm.frozen = false;
+                }
+            }
             Action::EndVm => self.kill_primary_vm(),
             Action::LeaveVm => {
                 if let Some(vm) = &mut self.primary.vm {

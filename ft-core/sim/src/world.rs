@@ -249,7 +249,7 @@ impl World {
             self.inflict(fault);
             self.run_primary();
             ended = self.converge();
-            let expected = self.checks.activated.is_some() || self.checks.standby_damaged;
+            let expected = self.checks.activated.is_some() || self.checks.damaged_once;
             if self.violation.is_none() && ended && !expected {
                 self.violation("the host died under protection and the backup did not take over");
             }
