@@ -217,6 +217,41 @@ fn private_main_ram_is_reached_through_the_process() {
 }
 
 #[test]
+fn names_are_canonical_for_old_machines_and_without_one_main_backend() {
+    let qemu = "qemu-system-x86_64";
+    let names = |vm: &mut TestQemu| -> Vec<String> {
+        let blocks = ram_blocks(&mut vm.qmp, vm.process.pid(), PATIENCE).unwrap();
+        blocks.into_iter().map(|b| b.name).collect()
+    };
+    // It names the block by the backend's whole path.
+    let mut old = start_with_memfd(qemu, &["-machine", "pc-i440fx-3.1", "-nodefaults"]);
+    assert!(names(&mut old).iter().any(|n| n == MAIN_RAM));
+    let nodes = [
+        "-object",
+        "memory-backend-memfd,id=a,size=32M",
+        "-object",
+        "memory-backend-memfd,id=b,size=32M",
+    ];
+    let numa = [
+        "-m",
+        "64",
+        "-smp",
+        "2",
+        "-numa",
+        "node,memdev=a",
+        "-numa",
+        "node,memdev=b",
+    ];
+    let mut numa = TestQemu::start(qemu, &[&nodes[..], &numa].concat());
+    let found = names(&mut numa);
+    assert!(
+        found.iter().any(|n| n == "a") && found.iter().any(|n| n == "b"),
+        "{found:?}"
+    );
+    assert!(found.iter().all(|n| n != MAIN_RAM), "{found:?}");
+}
+
+#[test]
 fn newer_qemu_can_share_all_of_its_blocks() {
     let Some(qemu) = newer_qemu() else {
         eprintln!("NOT TESTED: aux-ram-share needs QEMU 10.0");

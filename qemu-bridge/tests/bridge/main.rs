@@ -2,8 +2,10 @@
 
 mod blocks;
 mod guardian;
+mod guests;
 mod qmp;
 mod refusals;
 mod shape;
 mod standby;
 mod support;
+mod tracker;

@@ -163,7 +163,9 @@ fn watch_names_what_was_plugged() {
         let mut vm = TestQemu::start(&qemu, Q35);
         let mut watch = ShapeWatch::begin(&mut vm.qmp, PATIENCE).unwrap();
         let running = [Finding::RunState("running".to_owned())];
+        let start = std::time::Instant::now();
         assert_eq!(look(&mut vm, &mut watch), running);
+        eprintln!("{qemu}: all answers after {:?}", start.elapsed());
 
         let netdev = Command::new("netdev_add")
             .arg("type", "user")

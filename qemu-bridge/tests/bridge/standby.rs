@@ -8,7 +8,7 @@ use qemu_bridge::qmp::Command;
 use qemu_bridge::spawn::{
     GuestOutput, Prepared, QemuProcess, QemuVersion, RamSource, Role, SpawnOptions, prepare,
 };
-use qemu_bridge::standby::{StandbyError, load_blocking, prepare_standby};
+use qemu_bridge::standby::{Activation, Progress, StandbyError, load_blocking, prepare_standby};
 
 use crate::support::{PATIENCE, TestDir, TestQemu, qemus};
 
@@ -101,12 +101,6 @@ fn state_moves_to_a_standby_that_then_runs() {
             // The load changes nothing that a save would see, except the clock.
             let again = save(&mut standby);
             assert_eq!(again.len(), state.len());
-            standby.qmp.call(Command::new("cont"), PATIENCE).unwrap();
-            let status = standby
-                .qmp
-                .call(Command::new("query-status"), PATIENCE)
-                .unwrap();
-            assert_eq!(status["running"], true);
         }
     }
 }
@@ -152,5 +146,45 @@ fn broken_state_fails_by_name_and_a_running_qemu_is_no_standby() {
             "a failed load ends the process"
         );
         assert!(standby.process.stderr_tail().contains("tamer"));
+    }
+}
+
+#[test]
+fn activation_is_driven_by_messages_alone() {
+    for qemu in qemus() {
+        let dirs = [TestDir::new(), TestDir::new()];
+        let machine = ["-machine", "q35", "-device", "virtio-net-pci"];
+        let primary_line = prepared(&qemu, &machine, Role::Primary, RamSource::Fresh, &dirs[0]);
+        let ram = RamSource::PrivateCopy(primary_line.ram.as_ref().unwrap().as_fd());
+        let standby_line = prepared(&qemu, &machine, Role::Backup, ram, &dirs[1]);
+        let [primary_dir, standby_dir] = dirs;
+        let state = into_memory(&save(&mut start(&primary_line, primary_dir))).unwrap();
+        let mut standby = start(&standby_line, standby_dir);
+        prepare_standby(&mut standby.qmp, PATIENCE).unwrap();
+
+        let mut activation = Activation::begin(&mut standby.qmp, state.as_fd()).unwrap();
+        let mut steps = Vec::new();
+        while !matches!(
+            steps.last(),
+            Some(Progress::Running { .. } | Progress::Failed { .. })
+        ) {
+            standby.qmp.wait_ready_for(PATIENCE).unwrap();
+            let known = steps.len();
+            let feed = &mut |message| steps.extend(activation.feed(&message));
+            standby.qmp.progress(feed).unwrap();
+            if matches!(steps[known..], [Progress::Loaded { .. }]) {
+                activation.start(&mut standby.qmp).unwrap();
+            }
+        }
+        eprintln!("{qemu}: {steps:?}");
+        assert!(matches!(
+            steps[..],
+            [Progress::Loaded { .. }, Progress::Running { .. }]
+        ));
+        let status = standby
+            .qmp
+            .call(Command::new("query-status"), PATIENCE)
+            .unwrap();
+        assert_eq!(status["running"], true);
     }
 }
