@@ -1,0 +1,62 @@
+//! Where `scripts/setup` has put things.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+
+/// The repository's root.
+pub fn repo() -> PathBuf {
+    let bench = Path::new(env!("CARGO_MANIFEST_DIR"));
+    bench.parent().unwrap_or(bench).to_owned()
+}
+
+fn cached(name: &str) -> Result<PathBuf> {
+    let cache = std::env::var_os("CURLING_CACHE").map_or_else(|| repo().join(".cache"), PathBuf::from);
+    let path = cache.join(name);
+    ensure!(path.exists(), "{} is missing: run scripts/setup", path.display());
+    Ok(path)
+}
+
+/// # Errors
+/// `scripts/setup` has not run.
+pub fn kernel() -> Result<PathBuf> {
+    cached("kernel/vmlinuz")
+}
+
+/// # Errors
+/// `scripts/setup` has not run.
+pub fn tick_initramfs() -> Result<PathBuf> {
+    cached("tick.cpio.gz")
+}
+
+/// # Errors
+/// `scripts/setup` has not run.
+pub fn boot_sector() -> Result<PathBuf> {
+    cached("boot16.img")
+}
+
+/// The unpacked QEMU 10.0.
+///
+/// # Errors
+/// `scripts/setup` has not run.
+pub fn qemu_10() -> Result<PathBuf> {
+    cached("qemu-10.0/run/qemu-system-x86_64")
+}
+
+/// The program under test: `CURLING_RDMA`, or the one that was built beside this one.
+///
+/// # Errors
+/// It was not built.
+pub fn program() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("CURLING_RDMA") {
+        return Ok(path.into());
+    }
+    let mut path = std::env::current_exe()?;
+    path.pop();
+    if path.ends_with("deps") {
+        path.pop();
+    }
+    let path = path.join("curling-rdma");
+    ensure!(path.exists(), "{} is missing: run cargo build first", path.display());
+    Ok(path)
+}

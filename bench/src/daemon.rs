@@ -1,0 +1,83 @@
+//! The daemons of the product, and their event logs.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use serde_json::Value;
+
+use crate::cache;
+use crate::process::Process;
+
+/// A daemon that runs, with its event log.
+#[derive(Debug)]
+pub struct Daemon {
+    pub process: Process,
+    pub control: PathBuf,
+    events: PathBuf,
+}
+
+impl Daemon {
+    /// Starts a daemon; `arguments` are those beside `--mode` and the places of its files.
+    ///
+    /// # Errors
+    /// It can't be started.
+    pub fn start(dir: &Path, mode: &str, arguments: &[String]) -> Result<Daemon> {
+        let place = |what: &str| dir.join(format!("{mode}.{what}"));
+        let (control, events) = (place("control"), place("events"));
+        let mut line = vec!["--mode".to_owned(), mode.to_owned(), "--vm-id".into(), "test".into()];
+        let files = [("--control", &control), ("--events", &events), ("--state-dir", &place("state"))];
+        for (option, path) in files {
+            line.extend([option.to_owned(), path.display().to_string()]);
+        }
+        line.extend_from_slice(arguments);
+        let process = Process::start(dir, &format!("{mode}-daemon"), cache::program()?, &line)?;
+        Ok(Daemon { process, control, events })
+    }
+
+    /// All events so far.
+    pub fn events(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(&self.events).unwrap_or_default();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// The first event of this kind, as soon as it comes.
+    ///
+    /// # Errors
+    /// It does not come in time: with what the daemon has said.
+    pub fn wait_event(&mut self, kind: &str, patience: Duration) -> Result<Value> {
+        self.wait_for(kind, patience, |event| event["event"] == kind)
+    }
+
+    /// The first event that fits, as soon as it comes.
+    ///
+    /// # Errors
+    /// It does not come in time, or the daemon ends: with what it has said.
+    pub fn wait_for(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        fits: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let ended = self.process.wait(Duration::ZERO)?;
+            if let Some(event) = self.events().into_iter().find(&fits) {
+                return Ok(event);
+            }
+            if let Some(status) = ended {
+                bail!("{} ended ({status}) before {what}:\n{}", self.process.name, self.process.said());
+            }
+            if Instant::now() > deadline {
+                bail!("no {what} from {} in {patience:?}:\n{}", self.process.name, self.process.said());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Numbers of one field of all events of a kind.
+    pub fn numbers(&self, kind: &str, field: &str) -> Vec<u64> {
+        let events = self.events();
+        events.iter().filter(|e| e["event"] == kind).filter_map(|e| e[field].as_u64()).collect()
+    }
+}

@@ -1,0 +1,111 @@
+//! Guests and their command lines.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::cache;
+use crate::process::Process;
+
+/// What runs in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Linux with a counter and a steady number of written pages.
+    Tick,
+    /// A boot sector that writes 16 pages per loop: for KVM, and for quick tests.
+    BootSector,
+}
+
+/// One kind of guest; both QEMUs of a pair are made from it.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    pub qemu: PathBuf,
+    pub machine: String,
+    pub accel: String,
+    pub vcpus: u32,
+    pub ram_mib: u64,
+    pub work: Work,
+    pub workload_pages: u32,
+    pub vga: bool,
+}
+
+impl Guest {
+    /// # Errors
+    /// The cache folder is not set up.
+    pub fn tick(qemu: &Path) -> Result<Guest> {
+        Ok(Guest {
+            qemu: qemu.to_owned(),
+            machine: "pc".to_owned(),
+            accel: "tcg".to_owned(),
+            vcpus: 1,
+            ram_mib: 256,
+            work: Work::Tick,
+            workload_pages: 900,
+            vga: false,
+        })
+    }
+
+    /// The guest-visible options: the same on both sides.
+    ///
+    /// # Errors
+    /// The cache folder is not set up.
+    pub fn visible(&self) -> Result<Vec<String>> {
+        let cpu = if self.accel == "kvm" { "qemu64" } else { "max" };
+        let accel = if self.accel == "kvm" { "kvm" } else { "tcg,thread=multi" };
+        let mut line = words(&format!(
+            "-accel {accel} -cpu {cpu} -m {} -smp {} -nodefaults -display none",
+            self.ram_mib, self.vcpus
+        ));
+        if self.vga {
+            line.extend(words("-device VGA"));
+        }
+        match self.work {
+            Work::Tick => {
+                // The serial port is a device of the guest; where it leads is the host's matter.
+                line.extend(words("-netdev user,id=n0 -device virtio-net-pci,netdev=n0,romfile="));
+                line.extend(["-kernel".into(), cache::kernel()?.display().to_string()]);
+                line.extend(["-initrd".into(), cache::tick_initramfs()?.display().to_string()]);
+                line.push("-append".into());
+                line.push(format!(
+                    "console=ttyS0 quiet panic=-1 workload_pages={}",
+                    self.workload_pages
+                ));
+            }
+            Work::BootSector => {
+                let image = cache::boot_sector()?;
+                line.push("-drive".into());
+                line.push(format!("file={},format=raw,if=ide,read-only=on,snapshot=off", image.display()));
+            }
+        }
+        Ok(line)
+    }
+
+    /// Starts a QEMU of our own, for attaching to: `role` is its name in `dir`.
+    ///
+    /// # Errors
+    /// It can't be started.
+    pub fn start(&self, dir: &Path, role: &str, standby: bool) -> Result<Process> {
+        let mut line = words("-machine");
+        let plain = if standby { ",suppress-vmdesc=on" } else { "" };
+        line.push(format!("{},memory-backend=ram{plain}", self.machine));
+        line.extend(self.visible()?);
+        line.push("-object".into());
+        line.push(format!("memory-backend-memfd,id=ram,size={}M,share=on", self.ram_mib));
+        for (n, name) in ["qmp", "test"].into_iter().enumerate() {
+            let _ = n;
+            line.push("-qmp".into());
+            line.push(format!("unix:{}/{role}.{name},server=on,wait=off", dir.display()));
+        }
+        line.push("-serial".into());
+        line.push(format!("unix:{}/{role}.serial,server=on,wait=off,logfile={}/{role}.console", dir.display(), dir.display()));
+        if standby {
+            line.extend(words("-incoming defer -S -global migration.send-configuration=off"));
+        }
+        Process::start(dir, role, &self.qemu, &line)
+    }
+}
+
+/// Splits a plain line into words.
+pub fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(str::to_owned).collect()
+}

@@ -1,0 +1,225 @@
+//! A protected guest: two QEMUs, two daemons, and a proxy before each QEMU.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::daemon::Daemon;
+use crate::guest::{Guest, Work};
+use crate::memory::{Copy, Memory};
+use crate::process::{Process, free_port};
+use crate::proxy::{Hook, Proxy};
+use crate::qmp::Qmp;
+
+/// Copies that are kept: the acknowledged boundary, the one after it, and one for safety.
+const KEPT: usize = 3;
+/// Guests boot under emulation, and others may use the machine.
+pub const BOOT_PATIENCE: Duration = Duration::from_secs(90);
+
+/// What is copied at each boundary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// The counter alone: cheap.
+    Tick,
+    /// Every byte of RAM: the guest stands still for longer.
+    AllRam,
+}
+
+/// What a boundary looked like, taken while its `cont` was held.
+#[derive(Debug)]
+pub struct Boundary {
+    /// Saves so far: the epoch's number as long as none was aborted.
+    pub number: u64,
+    pub tick: u64,
+    pub copy: Option<Copy>,
+}
+
+/// What the proxies have taken.
+#[derive(Debug, Default)]
+pub struct Taken {
+    pub boundaries: VecDeque<Boundary>,
+    /// The standby's RAM while its `migrate-incoming` was held.
+    pub standby: Option<Copy>,
+    /// The counter in the standby's RAM while its `cont` was held.
+    pub standby_tick: Option<u64>,
+}
+
+/// Where the guest has its counter, once it has said so.
+type TickPage = Arc<Mutex<Option<u64>>>;
+
+#[derive(Debug)]
+pub struct Pair {
+    pub primary: Daemon,
+    pub backup: Daemon,
+    pub guest: Process,
+    pub standby: Process,
+    pub guest_proxy: Proxy,
+    pub standby_proxy: Proxy,
+    pub taken: Arc<Mutex<Taken>>,
+    pub tick_page: u64,
+    pub guest_memory: Memory,
+    pub standby_memory: Memory,
+}
+
+/// How a pair is set up.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub guest: Guest,
+    pub watch: Watch,
+    /// Measure QEMU's own boundaries as well.
+    pub floors: bool,
+    /// More options of the primary's daemon.
+    pub options: Vec<String>,
+}
+
+impl Pair {
+    /// Boots a guest, and protects it as soon as it has told where its counter is.
+    ///
+    /// # Errors
+    /// Anything does not start.
+    pub fn start(dir: &Path, setup: &Setup) -> Result<Pair> {
+        let guest = setup.guest.start(dir, "guest", false)?;
+        let standby = setup.guest.start(dir, "standby", true)?;
+        let guest_memory = open_memory(dir, "guest", &guest)?;
+        let standby_memory = open_memory(dir, "standby", &standby)?;
+        let tick_page = match setup.guest.work {
+            Work::Tick => wait_tick_page(&dir.join("guest.console"))?,
+            Work::BootSector => 0x8000,
+        };
+        let page: TickPage = Arc::new(Mutex::new(Some(tick_page)));
+        let taken = Arc::new(Mutex::new(Taken::default()));
+        let hook = guest_hook(open_memory(dir, "guest", &guest)?, setup.watch, &taken, &page);
+        let (proxy, qmp) = (dir.join("guest.proxy"), dir.join("guest.qmp"));
+        let guest_proxy = Proxy::start(&proxy, &qmp, setup.floors, hook)?;
+        let hook = standby_hook(open_memory(dir, "standby", &standby)?, setup.watch, &taken, &page);
+        let standby_socket = dir.join("standby.proxy");
+        let standby_proxy = Proxy::start(&standby_socket, &dir.join("standby.qmp"), false, hook)?;
+
+        let peer = format!("127.0.0.1:{}", free_port()?);
+        let text = |path: &Path| path.display().to_string();
+        let backup = ["--listen", &peer, "--qmp", &text(&standby_socket)].map(str::to_owned);
+        let backup = Daemon::start(dir, "backup", &backup)?;
+        let mut options = ["--peer", &peer, "--qmp", &text(&proxy)].map(str::to_owned).to_vec();
+        options.extend(setup.options.iter().cloned());
+        let mut primary = Daemon::start(dir, "primary", &options)?;
+        primary.wait_event("synced", Duration::from_secs(60))?;
+        Ok(Pair {
+            primary,
+            backup,
+            guest,
+            standby,
+            guest_proxy,
+            standby_proxy,
+            taken,
+            tick_page,
+            guest_memory,
+            standby_memory,
+        })
+    }
+
+    /// Kills the primary's daemon and QEMU; microseconds since 1970 of the first kill(2).
+    ///
+    /// # Errors
+    /// One of them was dead already.
+    pub fn kill_host(&mut self) -> Result<u64> {
+        let at = now_us();
+        self.primary.process.signal(Signal::SIGKILL)?;
+        self.guest.signal(Signal::SIGKILL)?;
+        Ok(at)
+    }
+
+    /// Looks at what the proxies have taken.
+    pub fn taken<T>(&self, look: impl FnOnce(&mut Taken) -> T) -> T {
+        look(&mut self.taken.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until the survivor's counter has risen by `ticks`.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn wait_ticking(&self, ticks: u64, patience: Duration) -> Result<()> {
+        let first = self.standby_memory.read_u64(self.tick_page)?;
+        let deadline = Instant::now() + patience;
+        while self.standby_memory.read_u64(self.tick_page)? < first + ticks {
+            ensure!(Instant::now() < deadline, "the survivor's counter stands still at {first}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+fn guest_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &TickPage) -> Hook {
+    let (taken, page) = (Arc::clone(taken), Arc::clone(page));
+    let mut number = 0;
+    let mut saved = false;
+    Box::new(move |command| match command {
+        "xen-save-devices-state" => {
+            number += 1;
+            saved = true;
+        }
+        "cont" if saved => {
+            saved = false;
+            let tick = tick(&memory, &page).unwrap_or(0);
+            let copy = (watch == Watch::AllRam).then(|| memory.copy().ok()).flatten();
+            let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
+            let kept = if watch == Watch::AllRam { KEPT } else { 1 << 16 };
+            if taken.boundaries.len() >= kept {
+                taken.boundaries.pop_front();
+            }
+            taken.boundaries.push_back(Boundary { number, tick, copy });
+        }
+        _ => {}
+    })
+}
+
+fn standby_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &TickPage) -> Hook {
+    let (taken, page) = (Arc::clone(taken), Arc::clone(page));
+    Box::new(move |command| match command {
+        "migrate-incoming" if watch == Watch::AllRam => {
+            let copy = memory.copy().ok();
+            taken.lock().unwrap_or_else(PoisonError::into_inner).standby = copy;
+        }
+        "cont" => {
+            let tick = tick(&memory, &page);
+            taken.lock().unwrap_or_else(PoisonError::into_inner).standby_tick = tick;
+        }
+        _ => {}
+    })
+}
+
+fn tick(memory: &Memory, page: &TickPage) -> Option<u64> {
+    let page = (*page.lock().unwrap_or_else(PoisonError::into_inner))?;
+    memory.read_u64(page).ok()
+}
+
+fn open_memory(dir: &Path, role: &str, qemu: &Process) -> Result<Memory> {
+    let mut qmp = Qmp::connect(&dir.join(format!("{role}.test")))
+        .with_context(|| format!("the {role}'s QEMU said: {}", qemu.said()))?;
+    Memory::open(qemu.pid(), &qmp.human("info ramblock")?)
+}
+
+/// Where the guest says that its counter is.
+fn wait_tick_page(console: &Path) -> Result<u64> {
+    let deadline = Instant::now() + BOOT_PATIENCE;
+    loop {
+        let said = std::fs::read_to_string(console).unwrap_or_default();
+        if let Some((_, rest)) = said.split_once("TICKPAGE gpa=0x")
+            && let Some((digits, _)) = rest.split_once(['\r', '\n'])
+            && said.contains("tick ")
+        {
+            return u64::from_str_radix(digits, 16).context("the guest's address of its counter");
+        }
+        ensure!(Instant::now() < deadline, "the guest did not boot:\n{said}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The time as QEMU stamps its events.
+pub fn now_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,72 @@
+//! The smallest QMP client: for set-up and questions, on a socket of the tests' own.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+#[derive(Debug)]
+pub struct Qmp {
+    reader: BufReader<UnixStream>,
+}
+
+impl Qmp {
+    /// Connects to a QEMU that may be just starting.
+    ///
+    /// # Errors
+    /// It does not answer in ten seconds.
+    pub fn connect(path: &Path) -> Result<Qmp> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline => {
+                    return Err(error).with_context(|| format!("connecting to {}", path.display()));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let mut qmp = Qmp { reader: BufReader::new(stream) };
+        qmp.line()?;
+        qmp.call("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// # Errors
+    /// QEMU refuses, or is gone.
+    pub fn call(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        self.reader.get_mut().write_all(format!("{request}\n").as_bytes())?;
+        loop {
+            let reply = self.line()?;
+            if let Some(error) = reply.get("error") {
+                bail!("{command}: {error}");
+            }
+            if let Some(value) = reply.get("return") {
+                return Ok(value.clone());
+            }
+        }
+    }
+
+    /// A command of the human monitor.
+    ///
+    /// # Errors
+    /// As [`Qmp::call`].
+    pub fn human(&mut self, line: &str) -> Result<String> {
+        let reply = self.call("human-monitor-command", json!({ "command-line": line }))?;
+        Ok(reply.as_str().unwrap_or_default().to_owned())
+    }
+
+    fn line(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        let count = self.reader.read_line(&mut line).context("reading QMP")?;
+        if count == 0 {
+            bail!("QEMU closed the connection");
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}
