@@ -2,11 +2,14 @@
 //! heartbeats.
 
 use std::io;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow};
+
+/// Until a full queue is looked at again, at the end.
+const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
 enum Message<T> {
@@ -58,11 +61,18 @@ impl<T: Send + 'static> Background<T> {
     /// Waits until everything that was offered is done, but not for ever. To be called at the
     /// end, not in a loop that somebody waits for.
     pub(crate) fn flush(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         let (done, wait) = sync_channel(1);
-        if self.queue.try_send(Message::Flush(done)).is_ok() {
-            // Late or dead, there is nothing more to be done for it.
-            let _ = wait.recv_timeout(patience);
+        let mut message = Message::Flush(done);
+        while let Err(TrySendError::Full(again)) = self.queue.try_send(message) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            message = again;
+            thread::sleep(FULL_QUEUE_PAUSE);
         }
+        // Late or dead, there is nothing more to be done for it.
+        let _ = wait.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 }
 

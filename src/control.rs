@@ -34,7 +34,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// What an operator asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "command", rename_all = "snake_case")]
 pub(crate) enum Request {
     Status,
     Detach,

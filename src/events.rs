@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ft_core::backup::Reason;
 use ft_core::primary::EpochReport;
-use ft_core::{Epoch, Micros, Term, backup, primary};
+use ft_core::{Epoch, EpochKind, Micros, Term, backup, primary};
 
 pub(crate) use self::event::Attached;
 use self::event::{Event, Line};
@@ -26,8 +26,18 @@ pub(crate) struct Events {
     file: Option<EventFile>,
     status_line: StatusLine,
     refused: Refused,
+    /// What the log has said last.
+    said: Said,
     /// Why this backup activates, and how long it took to see that.
     activating: Option<(Reason, Duration)>,
+}
+
+/// What a reader of the log believes: it has to be told when that changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Said {
+    Unprotected,
+    Protected,
+    Tainted,
 }
 
 impl Events {
@@ -39,6 +49,7 @@ impl Events {
             file: path.map(|path| EventFile::open(path, mode)).transpose()?,
             status_line: StatusLine::new(screen::is_terminal()),
             refused: Refused::default(),
+            said: Said::Unprotected,
             activating: None,
         })
     }
@@ -105,9 +116,17 @@ impl Events {
                 pages_sent,
                 pages_total,
             } => {
-                tracing::debug!(
-                    "synchronising: round {round}, {pages_sent} of {pages_total} pages"
-                );
+                if self.said != Said::Unprotected {
+                    self.said = Said::Unprotected;
+                    tracing::warn!(
+                        "NOT PROTECTED: the backup begins anew, all of RAM is sent again"
+                    );
+                    self.write(Event::Syncing);
+                }
+                // On a terminal there is a bar.
+                if !screen::is_terminal() {
+                    tracing::info!("synchronising: round {round}, {pages_sent} pages sent");
+                }
                 let (round, pages_sent, pages_total) = (*round, *pages_sent, *pages_total);
                 self.write(Event::SyncProgress {
                     round,
@@ -123,6 +142,7 @@ impl Events {
                 tracing::info!(
                     "PROTECTED from epoch {epoch} on: synchronised in {rounds} rounds, {took:.1?}"
                 );
+                self.said = Said::Protected;
                 let (epoch, rounds, took_us) = (epoch.0, *rounds, us(*took));
                 self.write(Event::Synced {
                     epoch,
@@ -136,6 +156,7 @@ impl Events {
                 mismatched_blocks,
             } => self.audit(*epoch, mismatched_blocks),
             Report::Tainted(text) => {
+                self.said = Said::Tainted;
                 tracing::error!("NOT PROTECTED until a full epoch is acknowledged: {text}");
                 self.write(Event::Tainted { text });
             }
@@ -145,6 +166,7 @@ impl Events {
                 } else {
                     "it may be alive"
                 };
+                self.said = Said::Unprotected;
                 tracing::error!("NOT PROTECTED: the backup is lost, {what}: {text}");
                 self.write(Event::BackupLost {
                     proven: *proven,
@@ -257,6 +279,13 @@ impl Events {
             bytes: report.bytes,
             commit_us: us(report.commit),
         });
+        if self.said == Said::Tainted && report.kind == EpochKind::Full {
+            self.said = Said::Protected;
+            tracing::info!("PROTECTED again, from epoch {} on", report.epoch);
+            self.write(Event::Untainted {
+                epoch: report.epoch.0,
+            });
+        }
     }
 
     fn activating(&mut self, epoch: Epoch, term: Term, reason: Reason, detect: Duration) {

@@ -76,10 +76,11 @@ fn is_privilege(cause: Cause<'_>) -> bool {
 fn is_refusal(cause: Cause<'_>) -> bool {
     use qemu_bridge::blocks::BlocksError;
     use qemu_bridge::shape::ShapeError;
-    use qemu_bridge::spawn::CommandError;
+    use qemu_bridge::spawn::{CommandError, ProcessError};
     use qemu_bridge::tracker::TrackerError;
     cause.is::<Refusal>()
         || cause.is::<CommandError>()
+        || cause.is::<ProcessError>()
         || cause.is::<ShapeError>()
         || cause.is::<BlocksError>()
         || cause.is::<TrackerError>()

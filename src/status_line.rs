@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ft_core::primary::EpochReport;
-use ft_core::{Epoch, Micros, backup, primary};
+use ft_core::{Epoch, EpochKind, Micros, backup, primary};
 use hdrhistogram::Histogram;
 
 use crate::screen::Show;
@@ -13,11 +13,17 @@ const LIVE_PERIOD: Duration = Duration::from_secs(1);
 const PLAIN_PERIOD: Duration = Duration::from_secs(10);
 /// Longer pauses are shown as this.
 const PAUSE_MAX_US: u64 = 60_000_000;
+/// The progress bar stands for it.
+const SYNCHRONISING: &str = "synchronising";
+const PROTECTING: &str = "PROTECTING";
 
 #[derive(Debug)]
 pub(crate) struct StatusLine {
     live: bool,
-    state: &'static str,
+    protection: &'static str,
+    tainted: bool,
+    fenced: bool,
+    throttled: bool,
     epoch: Epoch,
     window: Window,
     now: Micros,
@@ -50,7 +56,10 @@ impl StatusLine {
     pub(crate) fn new(live: bool) -> StatusLine {
         StatusLine {
             live,
-            state: "waiting",
+            protection: "waiting",
+            tainted: false,
+            fenced: false,
+            throttled: false,
             epoch: Epoch::NONE,
             window: Window::new(),
             now: Micros(0),
@@ -64,71 +73,80 @@ impl StatusLine {
     /// What changes on the screen at once.
     pub(crate) fn primary(&mut self, report: &primary::Report) -> Option<Show> {
         use primary::Report;
+        let before = self.state();
         match report {
-            Report::Connected => self.become_("connected"),
+            // Whether it still protects is settled next: an epoch or a round tells.
+            Report::Connected => self.protection = "connected",
             Report::SyncProgress {
                 round,
                 pages_sent,
                 pages_total,
             } => {
-                self.state = "synchronising";
+                (self.protection, self.tainted) = (SYNCHRONISING, false);
                 let (done, total) = (*pages_sent, *pages_total);
-                self.live.then_some(Show::Progress {
-                    round: *round,
-                    done,
-                    total,
-                })
+                let round = *round;
+                return self.live.then_some(Show::Progress { round, done, total });
             }
             Report::Synced { epoch, .. } => {
                 self.epoch = *epoch;
-                self.become_("PROTECTED")
+                (self.protection, self.tainted) = ("PROTECTED", false);
             }
             Report::Epoch(epoch) => {
+                self.protection = "PROTECTED";
+                self.tainted &= epoch.kind != EpochKind::Full;
                 self.count(epoch);
-                None
             }
-            Report::Tainted(_) => self.become_("NOT PROTECTED, resynchronising"),
-            Report::BackupLost { .. } => self.become_("NOT PROTECTED, no backup"),
-            Report::Fenced => self.become_("STOPPED: the backup is silent"),
-            Report::Unfenced => self.become_("PROTECTED"),
-            Report::Throttled(true) => self.become_("PROTECTED, guest waits for the backup"),
-            Report::Throttled(false) => self.become_("PROTECTED"),
+            Report::Tainted(_) => self.tainted = true,
+            Report::BackupLost { .. } => {
+                (self.protection, self.tainted) = ("NOT PROTECTED, no backup", false);
+            }
+            Report::Fenced => self.fenced = true,
+            Report::Unfenced => self.fenced = false,
+            Report::Throttled(on) => self.throttled = *on,
             Report::Audit { .. }
             | Report::GuestStopped
             | Report::GuestResumed
             | Report::Rehearsed { .. }
             | Report::Error(_)
-            | Report::Note(_) => None,
+            | Report::Note(_) => {}
         }
+        self.changed(before)
     }
 
     /// As [`StatusLine::primary`].
     pub(crate) fn backup(&mut self, report: &backup::Report) -> Option<Show> {
         use backup::Report;
+        let before = self.state();
         match report {
-            Report::Connected => self.become_("connected"),
-            Report::Syncing => self.become_("synchronising, would not take over yet"),
+            Report::Connected => self.protection = "connected",
+            Report::Syncing => self.protection = "synchronising, would not take over yet",
             Report::Protecting { epoch } => {
                 self.epoch = *epoch;
-                self.become_("PROTECTING")
+                self.protection = PROTECTING;
             }
-            Report::EpochFlipped { epoch, pages, .. } => {
+            Report::EpochFlipped {
+                epoch, kind, pages, ..
+            } => {
                 self.epoch = *epoch;
+                self.tainted &= *kind != EpochKind::Full;
+                self.protection = PROTECTING;
                 self.window.epochs += 1;
                 self.window.pages += pages;
                 self.last_epoch = Some((self.now, Duration::ZERO));
-                None
             }
-            Report::LinkLost { .. } => self.become_("link lost"),
-            Report::Activating { .. } => self.become_("TAKING OVER"),
-            Report::Activated { .. } => self.become_("the guest runs HERE"),
-            Report::NotActivating(_) => self.become_("can't take over"),
+            Report::LinkLost { .. } => self.protection = "link lost",
+            Report::Activating { .. } => self.protection = "TAKING OVER",
+            Report::Activated { .. } => self.protection = "the guest runs HERE",
+            Report::NotActivating(_) => self.protection = "can't take over",
+            Report::Audit {
+                mismatched_blocks, ..
+            } => self.tainted = !mismatched_blocks.is_empty(),
             Report::Refused { .. }
-            | Report::Audit { .. }
             | Report::Rehearsed { .. }
             | Report::Error(_)
-            | Report::Note(_) => None,
+            | Report::Note(_) => {}
         }
+        self.changed(before)
     }
 
     pub(crate) fn next_timeout(&self) -> Option<Micros> {
@@ -147,7 +165,7 @@ impl StatusLine {
         self.window_since = now;
         self.next_at = Some(now + if self.live { LIVE_PERIOD } else { PLAIN_PERIOD });
         match (self.live, quiet) {
-            (true, _) if self.state == "synchronising" => None,
+            (true, _) if self.state() == SYNCHRONISING => None,
             (true, _) => Some(Due::Live(Show::Live(text))),
             // The state's change was logged; without epochs there is no more to say.
             (false, true) => None,
@@ -155,9 +173,18 @@ impl StatusLine {
         }
     }
 
-    fn become_(&mut self, state: &'static str) -> Option<Show> {
-        self.state = state;
-        self.live.then(|| Show::Live(self.text()))
+    /// The most important of what is going on.
+    fn state(&self) -> &'static str {
+        match self {
+            _ if self.fenced => "STOPPED, the backup is silent",
+            _ if self.tainted => "NOT PROTECTED until a full epoch is through",
+            _ if self.throttled => "the guest waits for the backup",
+            _ => self.protection,
+        }
+    }
+
+    fn changed(&self, before: &str) -> Option<Show> {
+        (self.live && self.state() != before).then(|| Show::Live(self.text()))
     }
 
     fn count(&mut self, report: &EpochReport) {
@@ -171,7 +198,7 @@ impl StatusLine {
     }
 
     fn text(&self) -> String {
-        let mut text = format!("{} · epoch {}", self.state, self.epoch);
+        let mut text = format!("{} · epoch {}", self.state(), self.epoch);
         let Window {
             pauses,
             epochs,
@@ -216,8 +243,6 @@ impl Window {
 
 #[cfg(test)]
 mod tests {
-    use ft_core::EpochKind;
-
     use super::*;
 
     fn epoch(number: u64, pause_ms: u64) -> primary::Report {
@@ -257,8 +282,8 @@ mod tests {
         };
         assert_eq!(
             text,
-            "PROTECTED · epoch 51 · pause 2.0/2.0 ms (p50/p99) · 800 pages · 165.0 MB/s · behind \
-             504 ms"
+            "PROTECTED · epoch 51 · pause 2.0/9.0 ms (p50/p99) · 800 pages · 165.0 MB/s · behind \
+             1004 ms"
         );
         // The next second is its own.
         let Some(Due::Live(Show::Live(text))) = line.on_time(START + LIVE_PERIOD * 2) else {
@@ -288,7 +313,7 @@ mod tests {
         let shown = line.primary(&primary::Report::Fenced);
         assert_eq!(
             shown,
-            Some(Show::Live("STOPPED: the backup is silent · epoch 0".into()))
+            Some(Show::Live("STOPPED, the backup is silent · epoch 0".into()))
         );
         let progress = primary::Report::SyncProgress {
             round: 1,
@@ -304,7 +329,28 @@ mod tests {
             })
         );
         assert_eq!(StatusLine::new(false).primary(&progress), None);
-        let shown = line.backup(&backup::Report::Protecting { epoch: Epoch(7) });
+        let shown = StatusLine::new(true).backup(&backup::Report::Protecting { epoch: Epoch(7) });
         assert_eq!(shown, Some(Show::Live("PROTECTING · epoch 7".into())));
+    }
+
+    #[test]
+    fn a_failed_audit_counts_until_a_full_epoch() {
+        let mut line = StatusLine::new(true);
+        line.primary(&epoch(1, 2));
+        line.primary(&primary::Report::Tainted("an audit".into()));
+        assert_eq!(line.state(), "NOT PROTECTED until a full epoch is through");
+        line.primary(&epoch(2, 2));
+        assert_eq!(line.state(), "NOT PROTECTED until a full epoch is through");
+        let primary::Report::Epoch(report) = epoch(3, 2) else {
+            unreachable!()
+        };
+        line.primary(&primary::Report::Epoch(EpochReport {
+            kind: EpochKind::Full,
+            ..report
+        }));
+        assert_eq!(line.state(), "PROTECTED");
+        // A backup that comes back may hold nothing any more.
+        line.primary(&primary::Report::Connected);
+        assert_eq!(line.state(), "connected");
     }
 }

@@ -31,14 +31,18 @@ pub(super) fn state_dir() -> Result<PathBuf, ConfigError> {
         return Ok(PathBuf::from("/var/lib").join(OURS));
     }
     let home = || absolute("HOME").map(|home| home.join(".local/state"));
-    let base = absolute("XDG_STATE_HOME").or_else(home).ok_or(ConfigError::NoPlace {
-        what: "the daemon's state",
-        cure: "set HOME or XDG_STATE_HOME, or give --state-dir DIR",
-    })?;
+    let base = absolute("XDG_STATE_HOME")
+        .or_else(home)
+        .ok_or(ConfigError::NoPlace {
+            what: "the daemon's state",
+            cure: "set HOME or XDG_STATE_HOME, or give --state-dir DIR",
+        })?;
     Ok(base.join(OURS))
 }
 
 /// The specification of these variables says to ignore relative paths.
 fn absolute(variable: &str) -> Option<PathBuf> {
-    env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute())
+    env::var_os(variable)
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
 }

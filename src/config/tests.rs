@@ -41,8 +41,15 @@ impl Drop for Scratch {
 #[test]
 fn the_two_commands_of_the_readme_work() {
     let settings_ = settings(&primary(QEMU)).unwrap();
-    assert_eq!(settings_.mode, Mode::Primary { peer: "127.0.0.1:7070".parse().unwrap() });
-    let argv = ["qemu-system-x86_64", "-m", "512"].map(str::to_owned).to_vec();
+    assert_eq!(
+        settings_.mode,
+        Mode::Primary {
+            peer: "127.0.0.1:7070".parse().unwrap()
+        }
+    );
+    let argv = ["qemu-system-x86_64", "-m", "512"]
+        .map(str::to_owned)
+        .to_vec();
     assert_eq!(settings_.source, QemuSource::Spawn { argv });
     assert_eq!(settings_.vm_id, "vm");
     assert_eq!(settings_.epoch, Duration::from_millis(20));
@@ -55,7 +62,12 @@ fn the_two_commands_of_the_readme_work() {
     assert!(settings_.control.ends_with("curling-rdma/vm-primary.sock"));
 
     let backup = settings("--mode backup --listen [::1]:7070 -- qemu -name guest=web,x=y").unwrap();
-    assert_eq!(backup.mode, Mode::Backup { listen: "[::1]:7070".parse().unwrap() });
+    assert_eq!(
+        backup.mode,
+        Mode::Backup {
+            listen: "[::1]:7070".parse().unwrap()
+        }
+    );
     assert_eq!(backup.vm_id, "web");
     assert!(backup.control.ends_with("web-backup.sock"));
 }
@@ -63,7 +75,12 @@ fn the_two_commands_of_the_readme_work() {
 #[test]
 fn a_running_qemu_is_attached_to() {
     let plain = settings(&primary("--qmp /run/q --vm-id a.b_c-1")).unwrap();
-    assert_eq!(plain.source, QemuSource::Attach { qmp: "/run/q".into() });
+    assert_eq!(
+        plain.source,
+        QemuSource::Attach {
+            qmp: "/run/q".into()
+        }
+    );
     assert_eq!(plain.vm_id, "a.b_c-1");
 }
 
@@ -71,9 +88,18 @@ fn a_running_qemu_is_attached_to() {
 fn every_misunderstanding_has_its_message() {
     let cases = [
         (QEMU.to_owned(), "no --mode"),
-        (format!("--mode primary {QEMU}"), "--mode primary needs --peer"),
-        (format!("--mode backup {QEMU}"), "--mode backup needs --listen"),
-        (primary(&format!("--listen 127.0.0.1:1 {QEMU}")), "--listen is for --mode backup"),
+        (
+            format!("--mode primary {QEMU}"),
+            "--mode primary needs --peer",
+        ),
+        (
+            format!("--mode backup {QEMU}"),
+            "--mode backup needs --listen",
+        ),
+        (
+            primary(&format!("--listen 127.0.0.1:1 {QEMU}")),
+            "--listen is for --mode backup",
+        ),
         (
             format!("--mode backup --listen 127.0.0.1:1 --peer 127.0.0.1:2 {QEMU}"),
             "--peer is for --mode primary, this is --mode backup",
@@ -87,30 +113,87 @@ fn every_misunderstanding_has_its_message() {
             "a backup tracks nothing",
         ),
         (primary(""), "no QEMU: end the line with"),
-        (primary(&format!("--qmp /q {QEMU}")), "--qmp and a QEMU command line"),
+        (
+            primary(&format!("--qmp /q {QEMU}")),
+            "--qmp and a QEMU command line",
+        ),
         (primary("--qmp /q --dry-run"), "--dry-run shows"),
         (primary("--dry-run"), "--dry-run shows"),
-        (format!("--mode primary --peer 127.0.0.1 {QEMU}"), "--peer \"127.0.0.1\" is no address"),
-        (format!("--mode primary --peer 127.0.0.1:x {QEMU}"), "is no address"),
-        (format!("--mode primary --peer 127.0.0.1:0 {QEMU}"), "the port is 0"),
-        (format!("--mode primary --peer 192.0.2.1:7 {QEMU}"), "add --allow-unauthenticated"),
-        (format!("--mode backup --listen 0.0.0.0:7 {QEMU}"), "--listen 0.0.0.0:7 is not loopback"),
-        (format!("--mode backup --listen [::]:7 {QEMU}"), "is not loopback"),
-        (primary(&format!("--epoch-ms 0 {QEMU}")), "--epoch-ms is 0, expected 1 to 10000"),
-        (primary(&format!("--epoch-ms 10001 {QEMU}")), "--epoch-ms is 10001"),
-        (primary(&format!("--heartbeat-ms 0 {QEMU}")), "--heartbeat-ms is 0"),
-        (primary(&format!("--failover-after-ms 9 {QEMU}")), "expected 10 to 3600000"),
-        (primary(&format!("--failover-after-ms 149 {QEMU}")), "expected at least 3 heartbeats, 150"),
-        (primary(&format!("--max-unacked-ms 19 {QEMU}")), "expected at least --epoch-ms (20)"),
-        (primary(&format!("--max-unacked-ms 3600001 {QEMU}")), "--max-unacked-ms is 3600001"),
-        (primary(&format!("--transport rdma {QEMU}")), "not in this build"),
-        (primary(&format!("--vm-id ../etc {QEMU}")), "--vm-id \"../etc\" can't be used"),
-        (primary(&format!("--vm-id {} {QEMU}", "x".repeat(129))), "can't be used: 1 to 128"),
-        (primary(&format!("--config /nonexistent {QEMU}")), "configuration file /nonexistent"),
+        (
+            format!("--mode primary --peer 127.0.0.1 {QEMU}"),
+            "--peer \"127.0.0.1\" is no address",
+        ),
+        (
+            format!("--mode primary --peer 127.0.0.1:x {QEMU}"),
+            "is no address",
+        ),
+        (
+            format!("--mode primary --peer 127.0.0.1:0 {QEMU}"),
+            "the port is 0",
+        ),
+        (
+            format!("--mode primary --peer 192.0.2.1:7 {QEMU}"),
+            "add --allow-unauthenticated",
+        ),
+        (
+            format!("--mode backup --listen 0.0.0.0:7 {QEMU}"),
+            "--listen 0.0.0.0:7 is not loopback",
+        ),
+        (
+            format!("--mode backup --listen [::]:7 {QEMU}"),
+            "is not loopback",
+        ),
+        (
+            primary(&format!("--epoch-ms 0 {QEMU}")),
+            "--epoch-ms is 0, expected 1 to 10000",
+        ),
+        (
+            primary(&format!("--epoch-ms 10001 {QEMU}")),
+            "--epoch-ms is 10001",
+        ),
+        (
+            primary(&format!("--heartbeat-ms 0 {QEMU}")),
+            "--heartbeat-ms is 0",
+        ),
+        (
+            primary(&format!("--failover-after-ms 9 {QEMU}")),
+            "expected 10 to 3600000",
+        ),
+        (
+            primary(&format!("--failover-after-ms 149 {QEMU}")),
+            "expected at least 3 heartbeats, 150",
+        ),
+        (
+            primary(&format!("--max-unacked-ms 19 {QEMU}")),
+            "expected at least --epoch-ms (20)",
+        ),
+        (
+            primary(&format!("--max-unacked-ms 3600001 {QEMU}")),
+            "--max-unacked-ms is 3600001",
+        ),
+        (
+            primary(&format!("--transport rdma {QEMU}")),
+            "not in this build",
+        ),
+        (
+            primary(&format!("--vm-id ../etc {QEMU}")),
+            "--vm-id \"../etc\" can't be used",
+        ),
+        (
+            primary(&format!("--vm-id {} {QEMU}", "x".repeat(129))),
+            "can't be used: 1 to 128",
+        ),
+        (
+            primary(&format!("--config /nonexistent {QEMU}")),
+            "configuration file /nonexistent",
+        ),
     ];
     for (line, expected) in cases {
         let error = settings(&line).expect_err(&line).to_string();
-        assert!(error.contains(expected), "{line}\n  said {error}\n  not  {expected}");
+        assert!(
+            error.contains(expected),
+            "{line}\n  said {error}\n  not  {expected}"
+        );
         assert!(!error.contains('\n'), "more than one line: {error}");
     }
 }
@@ -118,7 +201,12 @@ fn every_misunderstanding_has_its_message() {
 #[test]
 fn other_addresses_need_a_word() {
     let line = format!("--mode backup --listen 0.0.0.0:7 --allow-unauthenticated {QEMU}");
-    assert_eq!(settings(&line).unwrap().mode, Mode::Backup { listen: "0.0.0.0:7".parse().unwrap() });
+    assert_eq!(
+        settings(&line).unwrap().mode,
+        Mode::Backup {
+            listen: "0.0.0.0:7".parse().unwrap()
+        }
+    );
     let mapped = format!("--mode backup --listen [::ffff:127.0.0.1]:7 {QEMU}");
     settings(&mapped).unwrap();
 }
@@ -138,20 +226,33 @@ fn the_command_line_wins_over_the_file() {
     assert_eq!(from_file.events, Some("/tmp/e".into()));
     let line = file.line("--epoch-ms 8 --peer 127.0.0.1:3 --on-backup-loss pause --qmp /q");
     let both = settings(&line).unwrap();
-    assert_eq!(both.mode, Mode::Primary { peer: "127.0.0.1:3".parse().unwrap() });
+    assert_eq!(
+        both.mode,
+        Mode::Primary {
+            peer: "127.0.0.1:3".parse().unwrap()
+        }
+    );
     assert_eq!(both.epoch, Duration::from_millis(8));
     assert_eq!(both.heartbeat, Duration::from_millis(9));
     assert_eq!(both.on_backup_loss, OnBackupLoss::Pause);
     assert_eq!(both.source, QemuSource::Attach { qmp: "/q".into() });
     // One file may serve both hosts.
     let backup = settings(&file.line("--mode backup")).unwrap();
-    assert_eq!(backup.mode, Mode::Backup { listen: "127.0.0.1:2".parse().unwrap() });
+    assert_eq!(
+        backup.mode,
+        Mode::Backup {
+            listen: "127.0.0.1:2".parse().unwrap()
+        }
+    );
 }
 
 #[test]
 fn what_is_wrong_in_a_file_is_named() {
     let cases = [
-        ("epoch_ms = 5", "unknown key `epoch_ms` (did you mean `epoch-ms`?); known are mode, listen"),
+        (
+            "epoch_ms = 5",
+            "unknown key `epoch_ms` (did you mean `epoch-ms`?); known are mode, listen",
+        ),
         ("colour = 'red'", "unknown key `colour`; known are"),
         ("config = 'x'", "unknown key `config`"),
         ("epoch-ms = 'five'", "has a wrong value"),
@@ -162,12 +263,16 @@ fn what_is_wrong_in_a_file_is_named() {
     ];
     for (number, (text, expected)) in cases.into_iter().enumerate() {
         let file = Scratch::new(&format!("wrong{number}"), text);
-        let error = settings(&file.line(&primary(QEMU))).expect_err(text).to_string();
+        let error = settings(&file.line(&primary(QEMU)))
+            .expect_err(text)
+            .to_string();
         assert!(error.contains(expected), "{text}\n  said {error}");
         assert!(error.contains(&file.0.display().to_string()), "{error}");
     }
     let long = Scratch::new("long", &"#".repeat(65 << 10));
-    let error = settings(&long.line(&primary(QEMU))).unwrap_err().to_string();
+    let error = settings(&long.line(&primary(QEMU)))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("more than 65536 bytes"), "{error}");
 }
 

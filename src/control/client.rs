@@ -74,8 +74,14 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
         }
         1 => daemons.remove(0),
         _ => {
-            let names: Vec<_> = daemons.iter().map(|d| d.socket.display().to_string()).collect();
-            bail!("several daemons run here, say --vm-id or --control: {}", names.join(", "));
+            let names: Vec<_> = daemons
+                .iter()
+                .map(|d| d.socket.display().to_string())
+                .collect();
+            bail!(
+                "several daemons run here, say --vm-id or --control: {}",
+                names.join(", ")
+            );
         }
     };
     let reply = daemon.ask(request)?;
@@ -109,12 +115,13 @@ impl Daemon {
         match UnixStream::connect(socket) {
             Ok(stream) => {
                 stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
-                Ok(Some(Daemon { socket: socket.to_owned(), stream: BufReader::new(stream) }))
+                Ok(Some(Daemon {
+                    socket: socket.to_owned(),
+                    stream: BufReader::new(stream),
+                }))
             }
             Err(error) if matches!(error.kind(), ConnectionRefused | NotFound) => Ok(None),
-            Err(error) => {
-                Err(error).with_context(|| format!("connecting to {}", socket.display()))
-            }
+            Err(error) => Err(error).with_context(|| format!("connecting to {}", socket.display())),
         }
     }
 
@@ -125,7 +132,11 @@ impl Daemon {
         let asked = self.stream.get_mut().write_all(&line);
         asked.with_context(|| format!("asking the daemon at {socket}"))?;
         let mut answer = String::new();
-        let read = self.stream.by_ref().take(ANSWER_BYTES_MAX).read_line(&mut answer);
+        let read = self
+            .stream
+            .by_ref()
+            .take(ANSWER_BYTES_MAX)
+            .read_line(&mut answer);
         read.with_context(|| format!("waiting for an answer of the daemon at {socket}"))?;
         if answer.is_empty() {
             bail!("the daemon at {socket} has ended");
@@ -169,7 +180,10 @@ fn sockets(target: &Target) -> anyhow::Result<Vec<PathBuf>> {
         None => vec![ModeName::Primary, ModeName::Backup],
     };
     if let Some(vm_id) = &target.vm_id {
-        return Ok(modes.into_iter().map(|mode| control_socket(vm_id, mode)).collect());
+        return Ok(modes
+            .into_iter()
+            .map(|mode| control_socket(vm_id, mode))
+            .collect());
     }
     let dir = runtime_dir();
     let entries = match fs::read_dir(&dir) {
@@ -204,17 +218,36 @@ fn nobody(target: &Target) -> String {
 fn table(socket: &Path, reply: &Value) -> String {
     let name = socket.file_stem().unwrap_or_default().to_string_lossy();
     let mode = reply["mode"].as_str().unwrap_or("daemon");
-    let protected = if reply["protected"] == true { "yes" } else { "NO" };
+    let protected = if reply["protected"] == true {
+        "yes"
+    } else {
+        "NO"
+    };
     let state = reply["state"].as_str().unwrap_or("?");
-    let up_down = if reply["link_up"] == true { "up" } else { "DOWN" };
+    let up_down = if reply["link_up"] == true {
+        "up"
+    } else {
+        "DOWN"
+    };
     let mut rows = vec![
-        ("protected", format!("{protected} ({state} for {})", age(&reply["state_age_us"]))),
+        (
+            "protected",
+            format!("{protected} ({state} for {})", age(&reply["state_age_us"])),
+        ),
         ("link", up_down.to_owned()),
         ("epoch", number(&reply["epoch"])),
     ];
     if mode == "primary" {
-        let running = if reply["guest_running"] == true { "running" } else { "stopped" };
-        let fenced = if reply["fenced"] == true { ": the backup is silent" } else { "" };
+        let running = if reply["guest_running"] == true {
+            "running"
+        } else {
+            "stopped"
+        };
+        let fenced = if reply["fenced"] == true {
+            ": the backup is silent"
+        } else {
+            ""
+        };
         rows.push(("behind", age(&reply["behind_us"])));
         rows.push(("guest", format!("{running}{fenced}")));
     } else {
@@ -230,11 +263,15 @@ fn table(socket: &Path, reply: &Value) -> String {
 }
 
 fn number(value: &Value) -> String {
-    value.as_u64().map_or_else(|| "-".to_owned(), |number| number.to_string())
+    value
+        .as_u64()
+        .map_or_else(|| "-".to_owned(), |number| number.to_string())
 }
 
 fn age(value: &Value) -> String {
-    let Some(us) = value.as_u64() else { return "-".to_owned() };
+    let Some(us) = value.as_u64() else {
+        return "-".to_owned();
+    };
     let seconds = us / 1_000_000;
     match seconds {
         0 => format!("{:.1} ms", us as f64 / 1e3),
@@ -288,8 +325,15 @@ mod tests {
     #[test]
     fn a_socket_that_nobody_serves_is_code_3() {
         let control = Some(PathBuf::from("/nonexistent/c.sock"));
-        let target = Target { control, ..Target::default() };
-        let exit = run(Operation::Status { json: true, target: target.clone() }).unwrap();
+        let target = Target {
+            control,
+            ..Target::default()
+        };
+        let exit = run(Operation::Status {
+            json: true,
+            target: target.clone(),
+        })
+        .unwrap();
         assert_eq!(exit as u8, 3);
         assert_eq!(run(Operation::Detach { target }).unwrap() as u8, 3);
     }

@@ -18,9 +18,15 @@ pub(super) struct Line<'a> {
 
 impl<'a> Line<'a> {
     pub(super) fn new(mode: &'static str, event: Event<'a>) -> Line<'a> {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since_1970 = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let time_us = u64::try_from(since_1970.as_micros()).unwrap_or(u64::MAX);
-        Line { time_us, mode, event }
+        Line {
+            time_us,
+            mode,
+            event,
+        }
     }
 
     /// With its end of line.
@@ -49,8 +55,16 @@ pub(super) enum Event<'a> {
     Attached(&'a Attached),
     Connected,
     // The primary's.
-    SyncProgress { round: u32, pages_sent: u64, pages_total: u64 },
-    Synced { epoch: u64, rounds: u32, took_us: u64 },
+    SyncProgress {
+        round: u32,
+        pages_sent: u64,
+        pages_total: u64,
+    },
+    Synced {
+        epoch: u64,
+        rounds: u32,
+        took_us: u64,
+    },
     Epoch {
         epoch: u64,
         kind: Kind,
@@ -59,20 +73,46 @@ pub(super) enum Event<'a> {
         bytes: u64,
         commit_us: u64,
     },
-    Tainted { text: &'a str },
-    BackupLost { proven: bool, text: &'a str },
+    Tainted {
+        text: &'a str,
+    },
+    Untainted {
+        epoch: u64,
+    },
+    BackupLost {
+        proven: bool,
+        text: &'a str,
+    },
     Fenced,
     Unfenced,
-    Throttled { on: bool },
+    Throttled {
+        on: bool,
+    },
     GuestStopped,
     GuestResumed,
     // The backup's.
-    Refused { text: &'a str, count: u64 },
-    Syncing,
-    Protecting { epoch: u64 },
-    Flipped { epoch: u64, kind: Kind, chunks: u32, pages: u64 },
-    LinkLost { text: &'a str },
-    Activating { epoch: u64, term: u64, reason: &'static str, detect_us: u64 },
+    Refused {
+        text: &'a str,
+        count: u64,
+    },
+    Protecting {
+        epoch: u64,
+    },
+    Flipped {
+        epoch: u64,
+        kind: Kind,
+        chunks: u32,
+        pages: u64,
+    },
+    LinkLost {
+        text: &'a str,
+    },
+    Activating {
+        epoch: u64,
+        term: u64,
+        reason: &'static str,
+        detect_us: u64,
+    },
     Failover {
         epoch: u64,
         term: u64,
@@ -80,14 +120,33 @@ pub(super) enum Event<'a> {
         detect_us: u64,
         activate_us: u64,
     },
-    NotActivating { text: &'a str },
+    NotActivating {
+        text: &'a str,
+    },
     // Of both.
-    Audit { epoch: u64, ok: bool, mismatched_blocks: &'a [u16] },
-    Rehearsed { ok: bool, text: &'a str },
-    Note { text: &'a str },
-    Error { text: &'a str },
-    EventsLost { count: u64 },
-    Ended { how: &'a str, exit_code: u8 },
+    Syncing,
+    Audit {
+        epoch: u64,
+        ok: bool,
+        mismatched_blocks: &'a [u16],
+    },
+    Rehearsed {
+        ok: bool,
+        text: &'a str,
+    },
+    Note {
+        text: &'a str,
+    },
+    Error {
+        text: &'a str,
+    },
+    EventsLost {
+        count: u64,
+    },
+    Ended {
+        how: &'a str,
+        exit_code: u8,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -134,10 +193,26 @@ mod tests {
         vec![
             Event::Attached(attached),
             Event::Connected,
-            Event::SyncProgress { round: 1, pages_sent: 2, pages_total: 3 },
-            Event::Synced { epoch, rounds: 2, took_us: 5 },
-            Event::Epoch { epoch, kind, pause_us: 1, dirty_pages: 2, bytes: 3, commit_us: 4 },
+            Event::SyncProgress {
+                round: 1,
+                pages_sent: 2,
+                pages_total: 3,
+            },
+            Event::Synced {
+                epoch,
+                rounds: 2,
+                took_us: 5,
+            },
+            Event::Epoch {
+                epoch,
+                kind,
+                pause_us: 1,
+                dirty_pages: 2,
+                bytes: 3,
+                commit_us: 4,
+            },
             Event::Tainted { text },
+            Event::Untainted { epoch },
             Event::BackupLost { proven: true, text },
             Event::Fenced,
             Event::Unfenced,
@@ -147,17 +222,40 @@ mod tests {
             Event::Refused { text, count: 1 },
             Event::Syncing,
             Event::Protecting { epoch },
-            Event::Flipped { epoch, kind, chunks: 1, pages: 1 },
+            Event::Flipped {
+                epoch,
+                kind,
+                chunks: 1,
+                pages: 1,
+            },
             Event::LinkLost { text },
-            Event::Activating { epoch, term, reason, detect_us },
-            Event::Failover { epoch, term, reason, detect_us, activate_us: 4 },
+            Event::Activating {
+                epoch,
+                term,
+                reason,
+                detect_us,
+            },
+            Event::Failover {
+                epoch,
+                term,
+                reason,
+                detect_us,
+                activate_us: 4,
+            },
             Event::NotActivating { text },
-            Event::Audit { epoch, ok: true, mismatched_blocks: &[] },
+            Event::Audit {
+                epoch,
+                ok: true,
+                mismatched_blocks: &[],
+            },
             Event::Rehearsed { ok: true, text },
             Event::Note { text },
             Event::Error { text },
             Event::EventsLost { count: 1 },
-            Event::Ended { how: text, exit_code: 0 },
+            Event::Ended {
+                how: text,
+                exit_code: 0,
+            },
         ]
     }
 
@@ -166,7 +264,10 @@ mod tests {
         match event {
             Event::Attached(_) | Event::Connected | Event::SyncProgress { .. } => {}
             Event::Synced { .. } | Event::Epoch { .. } | Event::Tainted { .. } => {}
-            Event::BackupLost { .. } | Event::Fenced | Event::Unfenced => {}
+            Event::Untainted { .. }
+            | Event::BackupLost { .. }
+            | Event::Fenced
+            | Event::Unfenced => {}
             Event::Throttled { .. } | Event::GuestStopped | Event::GuestResumed => {}
             Event::Refused { .. } | Event::Syncing | Event::Protecting { .. } => {}
             Event::Flipped { .. } | Event::LinkLost { .. } | Event::Activating { .. } => {}
@@ -179,11 +280,17 @@ mod tests {
     /// The examples of the document: event name to line.
     fn examples() -> Vec<Value> {
         let lines = DOCUMENT.lines().filter(|line| line.starts_with('{'));
-        lines.map(|line| serde_json::from_str(line).expect(line)).collect()
+        lines
+            .map(|line| serde_json::from_str(line).expect(line))
+            .collect()
     }
 
     fn keys(value: &Value) -> Vec<&String> {
-        value.as_object().expect("a line is an object").keys().collect()
+        value
+            .as_object()
+            .expect("a line is an object")
+            .keys()
+            .collect()
     }
 
     #[test]
@@ -195,12 +302,18 @@ mod tests {
             let line = serde_json::to_value(Line::new("primary", event)).unwrap();
             let name = line["event"].as_str().unwrap();
             let heading = format!("### `{name}`");
-            assert!(DOCUMENT.contains(&heading), "docs/events.md lacks {heading}");
+            assert!(
+                DOCUMENT.contains(&heading),
+                "docs/events.md lacks {heading}"
+            );
             let example = examples.iter().find(|example| example["event"] == name);
             let example = example.unwrap_or_else(|| panic!("docs/events.md: no line for {name}"));
             assert_eq!(keys(example), keys(&line), "the example of {name}");
             for key in keys(&line) {
-                assert!(DOCUMENT.contains(&format!("`{key}`")), "{name}: {key} is not explained");
+                assert!(
+                    DOCUMENT.contains(&format!("`{key}`")),
+                    "{name}: {key} is not explained"
+                );
             }
         }
     }
@@ -215,13 +328,21 @@ mod tests {
         for example in examples() {
             assert!(names.contains(&example["event"]), "{example}");
         }
-        let headings = DOCUMENT.lines().filter(|line| line.starts_with("### ")).count();
+        let headings = DOCUMENT
+            .lines()
+            .filter(|line| line.starts_with("### "))
+            .count();
         assert_eq!(headings, names.len());
     }
 
     #[test]
     fn a_line_is_one_line_whatever_the_text() {
-        let line = Line::new("backup", Event::Error { text: "a\nb\u{2028}\"\0" });
+        let line = Line::new(
+            "backup",
+            Event::Error {
+                text: "a\nb\u{2028}\"\0",
+            },
+        );
         let bytes = line.to_bytes();
         assert_eq!(bytes.iter().filter(|byte| **byte == b'\n').count(), 1);
         assert!(bytes.ends_with(b"\n"));

@@ -79,7 +79,15 @@ struct Sink {
 
 impl Sink {
     fn new(file: File, path: PathBuf, mode: &'static str, dropped: Arc<AtomicU64>) -> Sink {
-        Sink { file, path, mode, dropped, lost: 0, torn: false, warned: None }
+        Sink {
+            file,
+            path,
+            mode,
+            dropped,
+            lost: 0,
+            torn: false,
+            warned: None,
+        }
     }
 
     fn write(&mut self, line: &[u8]) {
@@ -162,17 +170,24 @@ mod tests {
     }
 
     fn parse(text: &str) -> Vec<Value> {
-        text.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
+        text.lines()
+            .map(|line| serde_json::from_str(line).expect(line))
+            .collect()
     }
 
     #[test]
     fn lines_are_appended() {
         let path = Scratch::new("append");
         for text in ["one", "two"] {
-            EventFile::open(&path.0, "primary").unwrap().write(&note(text));
+            EventFile::open(&path.0, "primary")
+                .unwrap()
+                .write(&note(text));
         }
         let lines = parse(&fs::read_to_string(&path.0).unwrap());
-        assert_eq!(lines.iter().map(|l| &l["text"]).collect::<Vec<_>>(), ["one", "two"]);
+        assert_eq!(
+            lines.iter().map(|l| &l["text"]).collect::<Vec<_>>(),
+            ["one", "two"]
+        );
     }
 
     #[test]
@@ -194,10 +209,17 @@ mod tests {
         let path = Scratch::new("fifo");
         nix::unistd::mkfifo(&path.0, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
         let error = EventFile::open(&path.0, "backup").unwrap_err();
-        assert!(format!("{error:#}").contains("start its reader first"), "{error:#}");
+        assert!(
+            format!("{error:#}").contains("start its reader first"),
+            "{error:#}"
+        );
 
         let mut options = OpenOptions::new();
-        let mut reader = options.read(true).custom_flags(libc::O_NONBLOCK).open(&path.0).unwrap();
+        let mut reader = options
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path.0)
+            .unwrap();
         let file = EventFile::open(&path.0, "backup").unwrap();
         let text = "x".repeat(2000);
         for _ in 0..100 {
@@ -210,7 +232,9 @@ mod tests {
         file.writer.flush(Duration::from_secs(60));
         let more = reader.read(&mut taken[count..]).unwrap();
         let lines = parse(std::str::from_utf8(&taken[..count + more]).unwrap());
-        let [.., lost, after] = lines.as_slice() else { panic!("{} lines", lines.len()) };
+        let [.., lost, after] = lines.as_slice() else {
+            panic!("{} lines", lines.len())
+        };
         assert_eq!(after["text"], "after");
         assert_eq!(lost["event"], "events_lost");
         assert_eq!(lost["count"], 100 - (lines.len() as u64 - 2));
@@ -219,7 +243,11 @@ mod tests {
     #[test]
     fn after_a_torn_line_the_next_one_stands_alone() {
         let path = Scratch::new("torn");
-        let file = OpenOptions::new().create(true).append(true).open(&path.0).unwrap();
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path.0)
+            .unwrap();
         let mut sink = Sink::new(file, path.0.clone(), "primary", Arc::default());
         sink.file.write_all(b"{\"time_us\":1,\"ev").unwrap();
         (sink.torn, sink.lost) = (true, 1);

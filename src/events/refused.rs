@@ -60,12 +60,17 @@ mod tests {
     fn everyone_is_counted_once_and_few_are_told() {
         let mut refused = Refused::default();
         assert_eq!(refused.on_time(Micros(1)), None);
-        let singly: u64 =
-            (0..10_000).filter_map(|n| refused.add(&n.to_string())).map(|(count, _)| count).sum();
+        let singly: u64 = (0..10_000)
+            .filter_map(|n| refused.add(&n.to_string()))
+            .map(|(count, _)| count)
+            .sum();
         assert_eq!(singly, SINGLY);
         let ends = refused.next_timeout().unwrap();
         assert_eq!(refused.on_time(Micros(2)), None);
-        assert_eq!(refused.on_time(ends), Some((10_000 - SINGLY, "9999".to_owned())));
+        assert_eq!(
+            refused.on_time(ends),
+            Some((10_000 - SINGLY, "9999".to_owned()))
+        );
         assert_eq!(refused.next_timeout(), None);
         assert_eq!(refused.add("again"), Some((1, "again".to_owned())));
     }

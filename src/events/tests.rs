@@ -50,16 +50,12 @@ fn a_failover_is_told_with_what_led_to_it() {
 #[test]
 fn epochs_and_audits_are_told_in_numbers() {
     let told = lines("epochs", "primary", |events| {
-        events.primary(&primary::Report::Epoch(EpochReport {
-            epoch: Epoch(3),
-            kind: EpochKind::Full,
-            pause: Duration::from_micros(1900),
-            dirty_pages: 12,
-            bytes: 50_000,
-            commit: Duration::from_micros(700),
-        }));
+        events.primary(&epoch(3, EpochKind::Full));
         let mismatched_blocks = vec![4];
-        events.primary(&primary::Report::Audit { epoch: Epoch(3), mismatched_blocks });
+        events.primary(&primary::Report::Audit {
+            epoch: Epoch(3),
+            mismatched_blocks,
+        });
     });
     let expected = serde_json::json!([
         { "event": "epoch", "epoch": 3, "kind": "full", "pause_us": 1900, "dirty_pages": 12,
@@ -69,11 +65,62 @@ fn epochs_and_audits_are_told_in_numbers() {
     assert_eq!(Value::from(told), expected);
 }
 
+fn epoch(number: u64, kind: EpochKind) -> primary::Report {
+    primary::Report::Epoch(EpochReport {
+        epoch: Epoch(number),
+        kind,
+        pause: Duration::from_micros(1900),
+        dirty_pages: 12,
+        bytes: 50_000,
+        commit: Duration::from_micros(700),
+    })
+}
+
+#[test]
+fn every_change_of_the_protection_is_told() {
+    use primary::Report;
+    let progress = |round| Report::SyncProgress {
+        round,
+        pages_sent: 1,
+        pages_total: 2,
+    };
+    let took = Duration::from_millis(1);
+    let told = lines("changes", "primary", |events| {
+        for report in [
+            progress(1),
+            Report::Synced {
+                epoch: Epoch(1),
+                rounds: 1,
+                took,
+            },
+            epoch(2, EpochKind::Delta),
+            Report::Tainted("an audit".into()),
+            epoch(3, EpochKind::Delta),
+            epoch(4, EpochKind::Full),
+            epoch(5, EpochKind::Full),
+            Report::Connected,
+            progress(1),
+            progress(2),
+        ] {
+            events.primary(&report);
+        }
+    });
+    let names: Vec<_> = told
+        .iter()
+        .map(|line| line["event"].as_str().unwrap())
+        .collect();
+    let expected = "sync_progress synced epoch tainted epoch epoch untainted epoch connected \
+                    syncing sync_progress sync_progress";
+    assert_eq!(names.join(" "), expected);
+}
+
 #[test]
 fn every_refused_stranger_is_counted() {
     let told = lines("refused", "backup", |events| {
         for _ in 0..1000 {
-            events.backup(&backup::Report::Refused { text: "bad magic".into() });
+            events.backup(&backup::Report::Refused {
+                text: "bad magic".into(),
+            });
         }
         events.ended("stood down", 0);
     });
