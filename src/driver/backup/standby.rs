@@ -56,10 +56,6 @@ impl Standby {
         self.process.pid()
     }
 
-    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
-        self.process.pidfd()
-    }
-
     pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let both = [self.qmp.fd(), self.process.pidfd()];
         both.into_iter().filter(|_| !self.gone)

@@ -91,10 +91,6 @@ impl Qemu {
         }
     }
 
-    pub(crate) fn pid(&self) -> i32 {
-        self.process.pid()
-    }
-
     pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
         (!self.gone).then(|| self.qmp.fd())
     }
