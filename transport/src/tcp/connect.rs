@@ -14,6 +14,7 @@ use nix::sys::socket::{
 use crate::link::Lane;
 use crate::tcp::link::{Streams, TcpLink};
 use crate::tcp::preamble::{PREAMBLE_BYTES, Preamble, REASON_BYTES_MAX, REPLY_BYTES, Reply};
+use crate::tcp::ring::Ring;
 use crate::tcp::{PairingId, TcpConfig, TcpError};
 
 const LANES: [Lane; 3] = [Lane::Control, Lane::Bulk, Lane::Proof];
@@ -122,7 +123,7 @@ impl TcpConnector {
             bulk,
             proof,
         };
-        TcpLink::new(streams, self.pairing, &self.config)
+        TcpLink::new(Ring::new()?, streams, self.pairing, &self.config)
     }
 }
 

@@ -15,6 +15,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use crate::link::Lane;
 use crate::tcp::link::{Streams, TcpLink};
 use crate::tcp::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Reply, encode_refusal};
+use crate::tcp::ring::Ring;
 use crate::tcp::{PairingId, TcpConfig, TcpError};
 
 /// Connections that are not part of a complete pairing; one more ends the oldest.
@@ -74,7 +75,7 @@ pub enum Refusal {
     #[error("the connection failed: {0}")]
     Failed(io::Error),
     #[error("no link can be made here: {0}")]
-    NoLink(TcpError),
+    NoLink(String),
 }
 
 /// A connection whose pairing is not complete.
@@ -255,6 +256,15 @@ impl TcpListener {
         };
         let keys = [control, bulk, proof].map(|at| self.pending[at].key);
         let peer = self.pending[control].peer;
+        let ring = match Ring::new() {
+            Ok(ring) => ring,
+            Err(error) => {
+                for late in self.pending.extract_if(.., |it| keys.contains(&it.key)) {
+                    late.refuse(Refusal::NoLink(error.to_string()), sink);
+                }
+                return;
+            }
+        };
         let [control, bulk, proof] = keys.map(|key| self.take(key));
         if self.recent.len() == RECENT_PAIRINGS {
             self.recent.pop_front();
@@ -265,11 +275,12 @@ impl TcpListener {
             bulk,
             proof,
         };
-        match TcpLink::greet(streams, pairing, &self.config, &Reply::Accepted.encode()) {
+        let accepted = Reply::Accepted.encode();
+        match TcpLink::greet(ring, streams, pairing, &self.config, &accepted) {
             Ok(link) => sink(Incoming::Link(link)),
             Err(error) => sink(Incoming::Refused {
                 peer,
-                reason: Refusal::NoLink(error),
+                reason: Refusal::NoLink(error.to_string()),
             }),
         }
     }

@@ -25,7 +25,7 @@ const COMPLETION_ENTRIES: u32 = 512;
 /// eventfd does.
 pub(super) struct Ring {
     ring: IoUring,
-    ready: EventFd,
+    event: EventFd,
     /// Operations that the kernel has, or that are queued for it, and whose last completion has
     /// not been taken.
     in_flight: usize,
@@ -45,23 +45,23 @@ impl Ring {
             .build(SUBMISSION_ENTRIES)
             .map_err(set_up_error)?;
         let zero_copy = check_opcodes(&ring)?;
-        let ready =
+        let event =
             EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|errno| TcpError::io("eventfd", errno.into()))?;
         ring.submitter()
-            .register_eventfd(ready.as_raw_fd())
+            .register_eventfd(event.as_raw_fd())
             .map_err(|source| TcpError::io("IORING_REGISTER_EVENTFD", source))?;
         Ok(Ring {
             ring,
-            ready,
+            event,
             in_flight: 0,
             zero_copy,
         })
     }
 
-    /// Readable when [`Ring::run`] has something to do.
-    pub(super) fn ready_fd(&self) -> BorrowedFd<'_> {
-        self.ready.as_fd()
+    /// Written whenever there is something to do, and never read: to be watched for edges.
+    pub(super) fn event_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
 
     pub(super) fn has_zero_copy(&self) -> bool {
@@ -127,19 +127,13 @@ impl Ring {
         Some(entry)
     }
 
-    /// Resets the eventfd.
-    pub(super) fn clear(&mut self) {
-        // Nothing to read is as good as having read it.
-        let _ = self.ready.read();
-    }
-
     /// Begins a stretch in which this thread looks at the completions by itself: the kernel stops
     /// writing the eventfd.
     pub(super) fn hush(&mut self) {
         self.ring.completion().disable_eventfd();
     }
 
-    /// Ends the stretch: the eventfd is readable if the caller says that `more` is to be done, or
+    /// Ends the stretch: the eventfd is written if the caller says that `more` is to be done, or
     /// if the kernel has more by now.
     pub(super) fn unhush(&mut self, more: bool) -> io::Result<()> {
         self.ring.completion().enable_eventfd();
@@ -156,10 +150,10 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes the eventfd readable.
+    /// Writes the eventfd.
     pub(super) fn wake(&self) -> io::Result<()> {
-        match self.ready.write(1) {
-            // Full is readable, too.
+        match self.event.write(1) {
+            // A full counter wakes, too.
             Ok(_) | Err(nix::Error::EAGAIN) => Ok(()),
             Err(errno) => Err(errno.into()),
         }

@@ -3,8 +3,10 @@
 mod conformance;
 mod fuzz;
 mod garbage;
+mod kernel;
 mod mem;
 mod noise;
+mod pairing;
 mod speed;
 mod tcp;
 mod tcp_pair;
