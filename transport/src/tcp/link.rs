@@ -60,6 +60,16 @@ pub(super) struct Streams {
     pub(super) proof: TcpStream,
 }
 
+impl Streams {
+    fn lane(&self, lane: Lane) -> &TcpStream {
+        match lane {
+            Lane::Control => &self.control,
+            Lane::Bulk => &self.bulk,
+            Lane::Proof => &self.proof,
+        }
+    }
+}
+
 /// Names an operation in its completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -215,12 +225,7 @@ impl TcpLink {
 
     /// The socket of one lane, for its statistics (TCP_INFO). Its bytes are the link's.
     pub fn lane_fd(&self, lane: Lane) -> BorrowedFd<'_> {
-        let streams = self.core.streams();
-        match lane {
-            Lane::Control => streams.control.as_fd(),
-            Lane::Bulk => streams.bulk.as_fd(),
-            Lane::Proof => streams.proof.as_fd(),
-        }
+        self.core.streams().lane(lane).as_fd()
     }
 }
 
@@ -480,8 +485,11 @@ impl Core {
 
     /// Reports a lane's end, the first time.
     fn judge(&mut self, lane: Lane, done: Result<(), LossKind>, sink: &mut dyn FnMut(Event<'_>)) {
-        let Err(kind) = done else { return };
+        let Err(mut kind) = done else { return };
         if !std::mem::replace(&mut self.lost[lane as usize - 1], true) {
+            if kind == LossKind::Fin {
+                kind = socket::end_of_file(self.streams().lane(lane));
+            }
             sink(Event::Lost(Loss { lane, kind }));
             self.abandon_if_lost(sink);
         }

@@ -57,6 +57,11 @@ pub enum TcpError {
          io_uring in the container's seccomp profile"
     )]
     RingForbidden,
+    #[error(
+        "io_uring gets no memory: raise RLIMIT_MEMLOCK (ulimit -l), which some kernels count its \
+         rings against"
+    )]
+    RingMemory,
     #[error("refused by the peer: {reason}")]
     Refused { reason: String },
     #[error("the peer does not answer as curling-rdma does: {0}")]

@@ -212,6 +212,7 @@ fn set_up_error(source: io::Error) -> TcpError {
             missing: "io_uring with IORING_SETUP_DEFER_TASKRUN",
         },
         Some(libc::EPERM) => TcpError::RingForbidden,
+        Some(libc::ENOMEM) => TcpError::RingMemory,
         _ => TcpError::io("io_uring_setup", source),
     }
 }

@@ -6,8 +6,13 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sys::socket::{setsockopt, sockopt};
 
+use crate::link::LossKind;
 use crate::tcp::TcpConfig;
 
+/// The peer closed, this side has not.
+const TCP_CLOSE_WAIT: u8 = 8;
+/// There is no connection any more.
+const TCP_CLOSE: u8 = 7;
 /// Probes that an idle connection may leave unanswered.
 const KEEPALIVE_PROBES: u32 = 4;
 
@@ -26,6 +31,42 @@ pub(super) fn set_options(stream: &TcpStream, config: &TcpConfig) -> io::Result<
     setsockopt(&fd, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
     setsockopt(&fd, sockopt::TcpUserTimeout, &timeout_ms)?;
     Ok(())
+}
+
+/// What an end of file on `stream` means.
+///
+/// The kernel reports a connection's error once, to whoever asks first, and the end of file to
+/// everybody after. A send that was cut short can have taken the error without showing it (the
+/// ring returns the bytes that did get out), so a receive's 0 alone doesn't tell. The connection's
+/// state does: a FIN from the peer leads to CLOSE_WAIT, an error to CLOSE.
+pub(super) fn end_of_file(stream: &TcpStream) -> LossKind {
+    match state(stream) {
+        Ok(TCP_CLOSE_WAIT) => LossKind::Fin,
+        Ok(TCP_CLOSE) => LossKind::Error("connection reset or timed out".to_owned()),
+        Ok(state) => LossKind::Error(format!("end of file in TCP state {state}")),
+        Err(error) => LossKind::Error(format!("end of file, and no TCP state: {error}")),
+    }
+}
+
+/// The connection's state, as `include/net/tcp_states.h` of the kernel numbers them.
+fn state(stream: &TcpStream) -> io::Result<u8> {
+    // SAFETY: all-zero is a valid tcp_info: it is integers.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut bytes = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: `info` and `bytes` live during the call, and `bytes` says how large `info` is.
+    let done = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut bytes,
+        )
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(info.tcpi_state)
 }
 
 /// Ends a connection with a reset, throwing away what it has not sent, whoever else has its

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use transport::tcp::{Incoming, TcpConfig, TcpConnector, TcpError, TcpLink, ZeroCopy};
@@ -255,24 +256,38 @@ fn drop_ipc_lock() {
     }
 }
 
-#[test]
-fn without_lockable_memory_chunks_are_sent_by_copying() {
+/// Runs `body` in a thread that can lock at most `bytes` of memory.
+fn with_lockable<T: Send + 'static>(bytes: u64, body: impl FnOnce() -> T + Send + 'static) -> T {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-    let body = || {
+    // The limit is the whole process's: one test at a time.
+    static LIMIT: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _turn = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).expect("getrlimit");
+    setrlimit(Resource::RLIMIT_MEMLOCK, bytes.min(hard), hard).expect("setrlimit");
+    // Only this thread lacks the capability that makes the limit not count, if the process has it.
+    let done = std::thread::spawn(|| {
         drop_ipc_lock();
+        body()
+    })
+    .join();
+    setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).expect("setrlimit");
+    done.expect("the body ends")
+}
+
+#[test]
+fn without_lockable_memory_chunks_are_sent_by_copying() {
+    // Enough for the ring and some of the chunks.
+    with_lockable(3 << 20, || {
         let (a, b) = tcp_pair::pair_with(&TcpConfig {
             zero_copy: ZeroCopy::Always,
             ..TcpConfig::default()
         });
         let (mut a, mut b) = (End::new(a), End::new(b));
         let arena = Arena::new(32);
-        // More than may be locked.
         for tag in 0..12 {
-            let to = b
-                .link
-                .grant(arena.alloc().expect("a chunk"), 0)
-                .expect("grant");
+            let chunk = arena.alloc().expect("a chunk");
+            let to = b.link.grant(chunk, 0).expect("grant");
             a.push(filled(&arena, WHOLE, tag), to, tag);
         }
         a.flush();
@@ -282,12 +297,28 @@ fn without_lockable_memory_chunks_are_sent_by_copying() {
         for (chunk, tag) in b.take_arrived() {
             assert_eq!(chunk.bytes(), pattern(WHOLE, tag));
         }
-    };
-    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).expect("getrlimit");
-    // The ring's own memory doesn't count since 5.12. The limit is the whole process's, but only
-    // this test's thread lacks the capability that makes it count.
-    setrlimit(Resource::RLIMIT_MEMLOCK, (3 << 20).min(hard), hard).expect("setrlimit");
-    let done = std::thread::spawn(body).join();
-    setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).expect("setrlimit");
-    done.expect("the chunks arrive");
+    });
+}
+
+/// Since 6.14 or so the rings count against the limit.
+#[test]
+fn a_link_without_any_lockable_memory_works_or_says_so() {
+    with_lockable(0, || {
+        let config = TcpConfig::default();
+        let (mut listener, address) = tcp_pair::listener(&config);
+        let pairing = tcp_pair::pairing();
+        let mut connector = TcpConnector::start(address, pairing, &config).expect("start");
+        loop {
+            wait_readable(&[listener.ready_fd(), connector.ready_fd()], WATCHDOG);
+            listener.progress(&mut |_| {}).expect("listener");
+            match connector.progress() {
+                Ok(None) => {}
+                Ok(Some(_)) => break,
+                Err(error) => {
+                    assert!(error.to_string().contains("RLIMIT_MEMLOCK"), "{error}");
+                    break;
+                }
+            }
+        }
+    });
 }

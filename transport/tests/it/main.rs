@@ -7,6 +7,7 @@ mod kernel;
 mod mem;
 mod noise;
 mod pairing;
+mod partition;
 mod speed;
 mod tcp;
 mod tcp_pair;
