@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket,
-    sockopt::PeerCredentials,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
+    socket, sockopt::PeerCredentials,
 };
 use nix::sys::stat::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
@@ -46,7 +46,7 @@ pub(crate) enum Request {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ControlError {
     #[error(
-        "another daemon{owner} answers on the control socket {}: end that one, or use another \
+        "another daemon{owner} has the control socket {}: end that one, or use another \
          --vm-id or --control", path.display()
     )]
     Taken { path: PathBuf, owner: String },
@@ -254,10 +254,14 @@ fn remove_stale(path: &Path) -> Result<(), ControlError> {
         }
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
+    match dial(path) {
         Ok(stream) => Err(ControlError::Taken {
             path: path_buf(),
             owner: owner(&stream),
+        }),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Err(ControlError::Taken {
+            path: path_buf(),
+            owner: " that hangs".to_owned(),
         }),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(|source| failed("removing the stale", source))
@@ -271,6 +275,16 @@ fn owner(stream: &UnixStream) -> String {
     getsockopt(stream, PeerCredentials)
         .map(|credentials| format!(" (process {})", credentials.pid()))
         .unwrap_or_default()
+}
+
+/// Connects without waiting: the backlog of a daemon that hangs may be full.
+fn dial(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(stream);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// The mode is set before the socket has a name: nobody else can connect for a moment.

@@ -170,7 +170,7 @@ fn a_full_disk_stops_neither_protection_nor_answers() {
         return;
     }
     let scratch = Scratch::new("full");
-    let daemon = Daemon::start(
+    let mut daemon = Daemon::start(
         &scratch,
         "primary",
         free_port(),
@@ -218,8 +218,8 @@ fn a_pair_protects_moves_and_tells() {
             &QEMU,
         )
     };
-    let (primary, backup) = (start("primary"), start("backup"));
-    for daemon in [&primary, &backup] {
+    let (mut primary, mut backup) = (start("primary"), start("backup"));
+    for daemon in [&mut primary, &mut backup] {
         daemon.status_when(|status| status["protected"] == true);
         let output = daemon.ask(&["status"]);
         assert_eq!(code(&output), 0, "{}", stderr(&output));
@@ -408,8 +408,9 @@ impl Daemon {
         run(&[arguments, &control].concat())
     }
 
-    fn status_when(&self, wanted: impl Fn(&Value) -> bool) -> Value {
-        wait_for(&format!("a status; the log is {}", self.said()), || {
+    fn status_when(&mut self, wanted: impl Fn(&Value) -> bool) -> Value {
+        wait_for("a status", || {
+            self.note_offspring();
             let output = self.ask(&["status", "--json"]);
             let status: Value = serde_json::from_slice(&output.stdout).ok()?;
             wanted(&status).then_some(status)

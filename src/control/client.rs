@@ -1,7 +1,7 @@
 //! The operator's side: finds the daemon, asks it, and shows what it says.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use super::Request;
+use super::{Request, dial};
 use crate::cli::{ModeName, Operation, Target};
 use crate::config::{control_socket, runtime_dir};
 use crate::exit::Exit;
@@ -47,12 +47,10 @@ fn status(target: &Target, json: bool) -> anyhow::Result<Exit> {
         let reply = daemon.ask(Request::Status)?;
         all &= reply["protected"] == true;
         if json {
-            println!("{reply}");
+            say(&format!("{reply}\n"));
         } else {
-            if at > 0 {
-                println!();
-            }
-            print!("{}", table(&daemon.socket, &reply));
+            let gap = if at > 0 { "\n" } else { "" };
+            say(&format!("{gap}{}", table(&daemon.socket, &reply)));
         }
     }
     Ok(if all { Exit::Clean } else { Exit::Other })
@@ -78,12 +76,22 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
                 .iter()
                 .map(|d| d.socket.display().to_string())
                 .collect();
-            bail!(
+            eprintln!(
                 "several daemons run here, say --vm-id or --control: {}",
                 names.join(", ")
             );
+            return Ok(Exit::Usage);
         }
     };
+    if matches!(request, Request::Switchover | Request::Rehearse) {
+        // The daemon would refuse as well, but only its log would say so.
+        let status = daemon.ask(Request::Status)?;
+        if status["mode"] == "primary" && status["protected"] != true {
+            let state = status["state"].as_str().unwrap_or("in an unknown state");
+            eprintln!("refused: the guest is {state}, the backup has no complete epoch yet");
+            return Ok(NO);
+        }
+    }
     let reply = daemon.ask(request)?;
     if let Some(error) = reply["error"].as_str() {
         eprintln!("refused: {error}");
@@ -92,15 +100,20 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
     match request {
         Request::Detach | Request::Switchover => daemon.wait_for_its_end(),
         Request::Continue => {
-            println!("asked for; `curling-rdma status` shows whether the guest runs");
+            say("asked for; `curling-rdma status` shows whether the guest runs\n");
             Ok(Exit::Clean)
         }
         Request::Rehearse => {
-            println!("asked for; the daemon tells the result in its log, and as event `rehearsed`");
+            say("asked for; the daemon tells the result in its log, and as event `rehearsed`\n");
             Ok(Exit::Clean)
         }
         Request::Status => unreachable!("status has its own way"),
     }
+}
+
+/// Like `print!`, for a reader that may go away: it has seen enough then.
+fn say(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 struct Daemon {
@@ -111,8 +124,8 @@ struct Daemon {
 impl Daemon {
     /// `None`: nobody listens there.
     fn connect(socket: &Path) -> anyhow::Result<Option<Daemon>> {
-        use std::io::ErrorKind::{ConnectionRefused, NotFound};
-        match UnixStream::connect(socket) {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
+        match dial(socket) {
             Ok(stream) => {
                 stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
                 Ok(Some(Daemon {
@@ -121,6 +134,12 @@ impl Daemon {
                 }))
             }
             Err(error) if matches!(error.kind(), ConnectionRefused | NotFound) => Ok(None),
+            Err(error) if error.kind() == WouldBlock => {
+                bail!(
+                    "the daemon at {} hangs: it takes no connections",
+                    socket.display()
+                )
+            }
             Err(error) => Err(error).with_context(|| format!("connecting to {}", socket.display())),
         }
     }
@@ -150,7 +169,7 @@ impl Daemon {
         self.stream.get_ref().set_read_timeout(Some(END_PATIENCE))?;
         match self.stream.read(&mut [0]) {
             Ok(0) => {
-                println!("done: the daemon has ended; its log says how");
+                say("done: the daemon has ended; its log says how\n");
                 Ok(Exit::Clean)
             }
             Ok(_) => bail!("the daemon says more than was asked"),

@@ -96,7 +96,9 @@ fn an_operator_asks_and_is_answered() {
     use Request::{Continue, Detach, Rehearse, Status, Switchover};
     assert_eq!(
         asked,
-        [Status, Status, Rehearse, Continue, Switchover, Detach]
+        [
+            Status, Status, Status, Rehearse, Continue, Status, Switchover, Detach
+        ]
     );
     assert!(!scratch.socket().exists());
 }
@@ -220,7 +222,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     let scratch = Scratch::new("stale");
     let first = ControlServer::bind(&scratch.socket()).unwrap();
     let error = ControlServer::bind(&scratch.socket()).unwrap_err();
-    let owner = format!("another daemon (process {}) answers", std::process::id());
+    let owner = format!("another daemon (process {}) has", std::process::id());
     assert!(error.to_string().contains(&owner), "{error}");
     drop(first);
     // As a killed daemon leaves it.
@@ -249,4 +251,54 @@ fn a_path_that_is_too_long_is_explained() {
         error.contains("at most 107") && error.contains("--control"),
         "{error}"
     );
+}
+
+#[test]
+fn a_daemon_that_hangs_is_said_to_and_not_waited_for() {
+    let scratch = Scratch::new("hangs");
+    let server = ControlServer::bind(&scratch.socket()).unwrap();
+    // Nobody accepts: until the backlog is full, that looks like an answer that takes its time.
+    let mut waiting = Vec::new();
+    let full = loop {
+        match dial(&scratch.socket()) {
+            Ok(stream) => waiting.push(stream),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    let error = run(Operation::Status {
+        json: false,
+        target: scratch.target(),
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("hangs"), "{error:#}");
+    let error = ControlServer::bind(&scratch.socket()).unwrap_err();
+    assert!(
+        error.to_string().contains("another daemon that hangs"),
+        "{error}"
+    );
+    drop(server);
+}
+
+#[test]
+fn what_the_daemon_would_refuse_is_refused_with_a_reason() {
+    let scratch = Scratch::new("unprotected");
+    let mut server = ControlServer::bind(&scratch.socket()).unwrap();
+    let target = scratch.target();
+    let asked = thread::spawn(move || {
+        run(Operation::Switchover {
+            target: target.clone(),
+        })
+        .unwrap()
+    });
+    let mut requests = Vec::new();
+    while !asked.is_finished() {
+        server.progress(&mut |request| {
+            requests.push(request);
+            json!({ "mode": "primary", "protected": false, "state": "syncing" })
+        });
+        thread::yield_now();
+    }
+    assert_eq!(asked.join().unwrap(), Exit::Refused);
+    assert_eq!(requests, [Request::Status]);
 }
