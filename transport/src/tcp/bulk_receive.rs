@@ -13,7 +13,7 @@ use crate::arena::{Chunk, ChunkMut};
 use crate::grants::{Claim, GrantIndex, Granted, Grants};
 use crate::link::LossKind;
 use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader};
-use crate::tcp::link::{Outcome, Token, outcome};
+use crate::tcp::operation::{Outcome, Token, outcome};
 use crate::tcp::ring::Ring;
 
 /// Bytes of a dropped frame that one operation reads.

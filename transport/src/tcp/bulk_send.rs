@@ -15,7 +15,7 @@ use crate::arena::Chunk;
 use crate::grants::GrantIndex;
 use crate::link::LossKind;
 use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader};
-use crate::tcp::link::{Outcome, Token, outcome};
+use crate::tcp::operation::{Outcome, Token, outcome};
 use crate::tcp::ring::Ring;
 use crate::tcp::zero_copy::{ZeroCopy, ZeroCopyState};
 

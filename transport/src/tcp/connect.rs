@@ -12,7 +12,8 @@ use nix::sys::socket::{
 };
 
 use crate::link::Lane;
-use crate::tcp::link::{Streams, TcpLink};
+use crate::tcp::lanes::Streams;
+use crate::tcp::link::TcpLink;
 use crate::tcp::preamble::{PREAMBLE_BYTES, Preamble, REASON_BYTES_MAX, REPLY_BYTES, Reply};
 use crate::tcp::ring::Ring;
 use crate::tcp::{PairingId, TcpConfig, TcpError};

@@ -9,7 +9,7 @@ use io_uring::{cqueue, opcode, types};
 use crate::link::{LinkError, LossKind, MESSAGE_BYTES_MAX};
 use crate::tcp::TcpError;
 use crate::tcp::frame::{MESSAGE_PREFIX_BYTES, decode_message_length};
-use crate::tcp::link::{Outcome, Token, outcome};
+use crate::tcp::operation::{Outcome, Token, outcome};
 use crate::tcp::provided::{BUFFER_BYTES, GROUP, Provided};
 use crate::tcp::ring::Ring;
 

@@ -13,7 +13,8 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use crate::link::Lane;
-use crate::tcp::link::{Streams, TcpLink};
+use crate::tcp::lanes::Streams;
+use crate::tcp::link::TcpLink;
 use crate::tcp::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Reply, encode_refusal};
 use crate::tcp::ring::Ring;
 use crate::tcp::{PairingId, TcpConfig, TcpError};

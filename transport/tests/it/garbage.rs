@@ -295,6 +295,12 @@ fn a_message_that_is_too_long_is_not_waited_for() {
     send(&mut peer.lanes[0], &[2, 0, 0, 0, b'o', b'k', 1, 0, 1, 0]);
     let (lane, kind) = lost(&mut end);
     assert_eq!(end.take_messages(), [b"ok"]);
+    // Nor is anything heard after it.
+    send(&mut peer.lanes[0], &[2, 0, 0, 0, b'n', b'o']);
+    while wait_readable(&[end.link.ready_fd()], Duration::from_millis(50))[0] {
+        end.progress();
+    }
+    assert!(end.seen.is_empty());
     assert_eq!(lane, Lane::Control);
     assert!(matches!(kind, LossKind::Protocol(_)), "{kind:?}");
 }

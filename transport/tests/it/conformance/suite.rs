@@ -279,10 +279,10 @@ pub(crate) fn revoked_chunks_come_back_and_late_writes_are_dropped<N: Network>()
 
 pub(crate) fn revoking_in_mid_chunk_takes_the_chunk_back<N: Network>() {
     // Where in the chunk the revocation hits is up to the kernel: try several times.
-    for round in 0..20 {
+    for round in 0..12 {
         let (mut a, mut b) = pair::<N>();
         let arena = arena();
-        let count = 40;
+        let count = 16;
         for tag in 0..count {
             let to = grant(&mut b, &arena, (tag % 2) as u8);
             a.push(filled(&arena, WHOLE, tag), to, tag);
