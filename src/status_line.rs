@@ -205,6 +205,11 @@ impl StatusLine {
             pages,
             bytes,
         } = &self.window;
+        // What matters most comes first: a narrow terminal cuts the end.
+        if let Some((at, age)) = self.last_epoch {
+            let behind = self.now.since(at) + age;
+            text += &format!(" · behind {:.0} ms", behind.as_secs_f64() * 1e3);
+        }
         if !pauses.is_empty() {
             let [p50, p99] = [0.5, 0.99].map(|q| pauses.value_at_quantile(q) as f64 / 1e3);
             text += &format!(" · pause {p50:.1}/{p99:.1} ms (p50/p99)");
@@ -215,10 +220,6 @@ impl StatusLine {
         let seconds = self.now.since(self.window_since).as_secs_f64();
         if *bytes > 0 && seconds > 0.0 {
             text += &format!(" · {:.1} MB/s", *bytes as f64 / 1e6 / seconds);
-        }
-        if let Some((at, age)) = self.last_epoch {
-            let behind = self.now.since(at) + age;
-            text += &format!(" · behind {:.0} ms", behind.as_secs_f64() * 1e3);
         }
         text
     }
@@ -282,8 +283,8 @@ mod tests {
         };
         assert_eq!(
             text,
-            "PROTECTED · epoch 51 · pause 2.0/9.0 ms (p50/p99) · 800 pages · 165.0 MB/s · behind \
-             1004 ms"
+            "PROTECTED · epoch 51 · behind 1004 ms · pause 2.0/9.0 ms (p50/p99) · 800 pages · \
+             165.0 MB/s"
         );
         // The next second is its own.
         let Some(Due::Live(Show::Live(text))) = line.on_time(START + LIVE_PERIOD * 2) else {
@@ -301,7 +302,7 @@ mod tests {
             panic!()
         };
         assert!(
-            text.starts_with("PROTECTED · epoch 51 · pause 2.0/"),
+            text.starts_with("PROTECTED · epoch 51 · behind 10004 ms · pause 2.0/"),
             "{text}"
         );
         assert_eq!(line.on_time(START + PLAIN_PERIOD * 2), None);

@@ -220,7 +220,11 @@ fn a_pair_protects_moves_and_tells() {
     };
     let (mut primary, mut backup) = (start("primary"), start("backup"));
     for daemon in [&mut primary, &mut backup] {
-        daemon.status_when(|status| status["protected"] == true);
+        let status = daemon.status_when(|status| status["protected"] == true);
+        for key in status.as_object().unwrap().keys() {
+            let documented = include_str!("../docs/control.md").contains(&format!("| `{key}` |"));
+            assert!(documented, "docs/control.md lacks {key}");
+        }
         let output = daemon.ask(&["status"]);
         assert_eq!(code(&output), 0, "{}", stderr(&output));
         assert!(String::from_utf8_lossy(&output.stdout).contains("yes"));
