@@ -36,6 +36,8 @@ pub struct Seen {
     pub pauses_us: Vec<u64>,
     /// The same of our own boundaries.
     pub floors_us: Vec<u64>,
+    /// Boundaries of the daemon that have begun.
+    pub stops: u64,
     /// When QEMU last sent RESUME, in microseconds since 1970.
     pub resumed_at_us: u64,
 }
@@ -244,7 +246,10 @@ impl Relay {
             + stamp["microseconds"].as_u64().unwrap_or(0);
         let mut seen = self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match message["event"].as_str() {
-            Some("STOP") => *stopped_at = Some(at),
+            Some("STOP") => {
+                *stopped_at = Some(at);
+                seen.stops += u64::from(!ours);
+            }
             Some("RESUME") => {
                 seen.resumed_at_us = at;
                 if let Some(stopped) = stopped_at.take() {
