@@ -69,6 +69,7 @@ impl Primary {
             && self.worker_jobs == 0
             && !self.held()
             && !self.hold_pending()
+            && !(self.stopped_by_us && self.guest_running)
             && self.closing.as_ref().is_none_or(Closing::allows_boundary)
     }
 
@@ -82,7 +83,6 @@ impl Primary {
 
     pub(super) fn start_boundary(&mut self) {
         let run_state = self.run_state();
-        let running = run_state == RunState::Running;
         let epoch = self.acknowledged.next();
         let audit = self.config.audit_every > 0 && epoch.0.is_multiple_of(self.config.audit_every);
         let kind = std::mem::replace(&mut self.next_kind, EpochKind::Delta);
@@ -93,7 +93,7 @@ impl Primary {
             started: self.now,
             run_state,
             stay_paused: self.switchover_wanted(),
-            pause: running,
+            pause: true,
             save: true,
             harvest: true,
             gate: false,
@@ -116,13 +116,9 @@ impl Primary {
             acknowledged: None,
             released: false,
         });
-        if running {
-            self.pause_vm();
-        }
+        // Also a guest that stands still is told to: it may have been resumed a moment ago.
+        self.pause_vm();
         self.act(Action::SaveDevices);
-        if !running {
-            self.harvest();
-        }
     }
 
     fn harvest(&mut self) {
@@ -135,7 +131,11 @@ impl Primary {
     }
 
     pub(super) fn on_paused(&mut self) {
-        self.commands.replied(Kind::Stop);
+        let ran = self.commands.replied(Kind::Stop);
+        if !self.found_stopped {
+            self.stopped_by_us = ran;
+            self.set_guest_running(ran);
+        }
         if self.hold.pauses_pending > 0 {
             self.hold.pauses_pending -= 1;
             return;
@@ -144,10 +144,15 @@ impl Primary {
             self.worker_jobs += 1;
             return self.act(Action::ArmAll);
         }
+        let run_state = self.run_state();
         let Some(boundary) = &mut self.boundary else {
             return;
         };
         boundary.pause = false;
+        boundary.run_state = run_state;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.run_state = run_state;
+        }
         if boundary.aborted {
             boundary.harvest = false;
             return self.advance_boundary();
@@ -233,6 +238,7 @@ impl Primary {
 
     pub(super) fn on_resumed(&mut self) {
         self.commands.replied(Kind::Cont);
+        self.set_guest_running(true);
         if self.hold.resumes_pending > 0 {
             self.hold.resumes_pending -= 1;
             return;

@@ -51,6 +51,10 @@ impl Closing {
         matches!(self.kind, Kind::Switchover)
     }
 
+    pub(super) fn is_power_off(&self) -> bool {
+        matches!(self.kind, Kind::PoweredOff)
+    }
+
     pub(super) fn allows_boundary(&self) -> bool {
         self.is_switchover() && !self.sent
     }

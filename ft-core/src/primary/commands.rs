@@ -2,7 +2,7 @@
 //!
 //! QEMU carries commands out in order and sends a command's event before its reply. A `stop` of a
 //! guest that is stopped already causes no event, so events can't be counted: each belongs to
-//! the first command of its kind that has not had one and whose reply has not come.
+//! the newest command of its kind that has not had one and whose reply has not come.
 
 use std::collections::VecDeque;
 
@@ -30,11 +30,12 @@ impl Commands {
         self.sent.push_back((kind, false));
     }
 
-    /// A reply has come, so everything before that command is done as well.
-    pub(super) fn replied(&mut self, kind: Kind) {
-        if let Some(place) = self.sent.iter().position(|(k, _)| *k == kind) {
-            self.sent.drain(..=place);
-        }
+    /// A reply has come, so everything before that command is done as well. Whether the command
+    /// had its event, and so has changed anything.
+    pub(super) fn replied(&mut self, kind: Kind) -> bool {
+        let place = self.sent.iter().position(|(k, _)| *k == kind);
+        let done = place.and_then(|place| self.sent.drain(..=place).next_back());
+        done.is_some_and(|(_, event)| event)
     }
 
     /// A STOP event; whether it is of one of our commands.
@@ -44,15 +45,18 @@ impl Commands {
 
     /// A RESUME event; whether it is of one of our commands.
     pub(super) fn resumed(&mut self) -> bool {
-        self.claim(|kind| kind == Kind::Cont)
+        let ours = self.claim(|kind| kind == Kind::Cont);
+        if !ours {
+            // Fences before it are done; if the guest must stay fenced, it is told so again.
+            self.sent.retain(|(kind, _)| *kind != Kind::Fence);
+        }
+        ours
     }
 
     fn claim(&mut self, fits: impl Fn(Kind) -> bool) -> bool {
-        let first = self
-            .sent
-            .iter_mut()
-            .find(|(kind, seen)| !seen && fits(*kind));
-        first.map(|(_, seen)| *seen = true).is_some()
+        let mut newest_first = self.sent.iter_mut().rev();
+        let claimed = newest_first.find(|(kind, seen)| !seen && fits(*kind));
+        claimed.map(|(_, seen)| *seen = true).is_some()
     }
 }
 
@@ -74,8 +78,11 @@ mod tests {
     fn a_stop_of_a_stopped_guest_leaves_no_claim_behind() {
         let mut commands = Commands::default();
         commands.sent(Kind::Stop);
-        commands.replied(Kind::Stop);
+        assert!(!commands.replied(Kind::Stop));
         assert!(!commands.stopped());
+        commands.sent(Kind::Stop);
+        assert!(commands.stopped());
+        assert!(commands.replied(Kind::Stop));
     }
 
     #[test]
@@ -90,6 +97,18 @@ mod tests {
         assert!(commands.resumed());
         commands.replied(Kind::Cont);
         assert!(!commands.stopped());
+    }
+
+    #[test]
+    fn a_fence_that_stopped_nothing_takes_no_later_event() {
+        let mut commands = Commands::default();
+        commands.sent(Kind::Fence);
+        commands.sent(Kind::Stop);
+        assert!(commands.stopped());
+        assert!(commands.replied(Kind::Stop));
+        commands.sent(Kind::Fence);
+        assert!(!commands.resumed()); // an operator's `cont`
+        assert!(!commands.stopped()); // and his `stop`
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl Primary {
     }
 
     pub(super) fn fence_vm(&mut self) {
-        self.stopped_by_us = true;
+        self.stopped_by_us |= self.guest_running;
         self.commands.sent(Kind::Fence);
         self.act(Action::FenceVm);
     }

@@ -79,6 +79,8 @@ pub struct Primary {
     hold: Hold,
     /// Our last command to QEMU was to stop; whoever has no reason left to hold it resumes it.
     stopped_by_us: bool,
+    /// The guest was stopped by us already when the last `stop` was sent.
+    found_stopped: bool,
     /// `cont` has failed: when to try again.
     resume_retry: Option<Micros>,
     commands: Commands,
@@ -126,6 +128,7 @@ impl Primary {
             run_state_sent: None,
             hold: Hold::default(),
             stopped_by_us: false,
+            found_stopped: false,
             resume_retry: None,
             commands: Commands::default(),
             activation_ordered: false,
@@ -271,6 +274,7 @@ impl Primary {
     }
 
     fn pause_vm(&mut self) {
+        self.found_stopped = self.stopped_by_us;
         self.stopped_by_us = true;
         self.commands.sent(commands::Kind::Stop);
         self.act(Action::PauseVm);
@@ -332,10 +336,12 @@ impl Primary {
     fn on_qemu(&mut self, event: QemuEvent) {
         match event {
             QemuEvent::Stopped => {
-                let ours = self.commands.stopped() || self.hold.fenced;
-                if !ours && self.guest_running {
-                    self.guest_running = false;
-                    self.report(Report::GuestStopped);
+                if self.commands.stopped() {
+                    // Only a running guest can be stopped, whatever we thought.
+                    self.set_guest_running(true);
+                    self.stopped_by_us = true;
+                } else if !self.hold.fenced {
+                    self.set_guest_running(false);
                 }
             }
             QemuEvent::Resumed => {
@@ -348,12 +354,24 @@ impl Primary {
         }
     }
 
+    /// What the guest would be doing if we did not hold it. Events of somebody else's commands
+    /// can't always be told from those of ours, so each of our own commands corrects it.
+    fn set_guest_running(&mut self, running: bool) {
+        let over = self.closing.as_ref().is_some_and(Closing::is_power_off);
+        if self.guest_running == running || over {
+            return;
+        }
+        self.guest_running = running;
+        self.report(if running {
+            Report::GuestResumed
+        } else {
+            Report::GuestStopped
+        });
+    }
+
     /// Somebody else has sent `cont`.
     fn on_foreign_resume(&mut self) {
-        if !self.guest_running {
-            self.guest_running = true;
-            self.report(Report::GuestResumed);
-        }
+        self.set_guest_running(true);
         if self.switchover_wanted() && self.hold.fenced {
             self.closing = None;
             self.hold.fenced = false;

@@ -104,7 +104,7 @@ impl Primary {
         // it stands still for one, the arming uses that.
         self.set_throttled(false);
         self.unfence();
-        let pause = self.guest_running && !self.stopped_by_us;
+        let pause = !self.stopped_by_us;
         self.sync = Some(Sync {
             stage: if pause { Stage::Pausing } else { Stage::Arming },
             began: self.now,
