@@ -141,6 +141,9 @@ enum When {
 pub struct Plan {
     left: Vec<(When, Fault)>,
     seen: Vec<u32>,
+    /// Faults that follow one that has happened, while the hosts still deal with that.
+    followers: u32,
+    due: u32,
 }
 
 impl Plan {
@@ -160,18 +163,23 @@ impl Plan {
             (when, rng.pick(Fault::ALL))
         };
         let left = (0..count).map(|_| draw()).collect();
+        let followers = rng.pick(&[0, 0, 1, 3]);
         Plan {
             left,
             seen: vec![0; Moment::ALL.len()],
+            followers,
+            due: 0,
         }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.left.is_empty()
+    /// A fault that follows another one is still to come.
+    pub fn follower_due(&self) -> bool {
+        self.due > 0
     }
 
     pub fn clear(&mut self) {
         self.left.clear();
+        (self.followers, self.due) = (0, 0);
     }
 }
 
@@ -195,6 +203,26 @@ impl World {
         while let Some(place) = self.plan.left.iter().position(|(when, _)| due(when)) {
             let (_, fault) = self.plan.left.swap_remove(place);
             self.inflict(fault);
+            self.let_one_follow();
+        }
+    }
+
+    fn let_one_follow(&mut self) {
+        if self.plan.followers > 0 {
+            self.plan.followers -= 1;
+            self.plan.due += 1;
+            let longest = self.rng.pick(&[100, 5_000, 100_000, 3_000_000]);
+            let wait = self.rng.range(0..=longest);
+            self.after(wait, Event::Follower);
+        }
+    }
+
+    pub fn on_follower(&mut self) {
+        if self.plan.due > 0 {
+            self.plan.due -= 1;
+            let fault = self.rng.pick(Fault::ALL);
+            self.inflict(fault);
+            self.let_one_follow();
         }
     }
 

@@ -65,6 +65,7 @@ pub enum Event {
     Continued(Side),
     Heal { resets: bool },
     ShapeSeen,
+    Follower,
     RestartBackup,
 }
 
@@ -231,7 +232,10 @@ impl World {
         self.after(1, Event::Guest);
         self.run_primary();
         let until = 30_000_000;
-        while self.checks.acknowledged < epochs && self.now < until && self.goes_on() {
+        while self.now < until
+            && (self.checks.acknowledged < epochs || self.plan.follower_due())
+            && self.goes_on()
+        {
             self.turn();
         }
         self.plan.clear();
@@ -246,6 +250,10 @@ impl World {
                 Fault::PrimaryHostLost,
                 Fault::Switchover,
             ]);
+            let dies_at = self.now + self.rng.range(0..=100_000);
+            while self.now < dies_at {
+                self.turn();
+            }
             self.inflict(fault);
             self.run_primary();
             ended = self.converge();
@@ -429,6 +437,7 @@ impl World {
                 self.shape_seen();
                 self.after(1_000_000, Event::ShapeSeen);
             }
+            Event::Follower => self.on_follower(),
             Event::RestartBackup => self.restart_backup(),
         }
     }
