@@ -27,6 +27,8 @@ pub struct Guest {
     pub work: Work,
     pub workload_pages: u32,
     pub vga: bool,
+    /// More of what the guest sees.
+    pub devices: Vec<String>,
 }
 
 impl Guest {
@@ -42,6 +44,7 @@ impl Guest {
             work: Work::Tick,
             workload_pages: 900,
             vga: false,
+            devices: Vec::new(),
         })
     }
 
@@ -59,6 +62,9 @@ impl Guest {
         if self.vga {
             line.extend(words("-device VGA"));
         }
+        for device in &self.devices {
+            line.extend(["-device".to_owned(), device.clone()]);
+        }
         match self.work {
             Work::Tick => {
                 // The serial port is a device of the guest; where it leads is the host's matter.
@@ -73,8 +79,10 @@ impl Guest {
             }
             Work::BootSector => {
                 let image = cache::boot_sector()?;
-                line.push("-drive".into());
-                line.push(format!("file={},format=raw,if=ide,read-only=on,snapshot=off", image.display()));
+                // An IDE disk can't be read-only, and a writable one would be refused.
+                line.extend(words("-device virtio-blk-pci,drive=boot -drive"));
+                let file = image.display();
+                line.push(format!("if=none,id=boot,file={file},format=raw,read-only=on"));
             }
         }
         Ok(line)

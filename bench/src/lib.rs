@@ -11,4 +11,5 @@ pub mod pair;
 pub mod process;
 pub mod proxy;
 pub mod qmp;
+pub mod relay;
 pub mod report;

@@ -122,10 +122,14 @@ fn main_ram(maps: &str) -> Option<u64> {
     mappings(maps).find(|(_, _, rest)| is_ram(rest)).map(|(start, ..)| start)
 }
 
-/// The only anonymous mapping of this length.
+/// QEMU aligns RAM blocks for huge pages, small ones too.
+const ALIGNMENT: u64 = 2 << 20;
+
+/// The only anonymous mapping of this length that lies as QEMU lays RAM blocks.
 fn unique(maps: &str, bytes: u64) -> Option<u64> {
     let anonymous = |rest: &str| rest.starts_with("rw-p") && rest.trim_end().ends_with(" 0");
-    let mut fits = mappings(maps).filter(|(s, e, rest)| e - s == bytes && anonymous(rest));
+    let mut fits = mappings(maps)
+        .filter(|(s, e, rest)| e - s == bytes && s % ALIGNMENT == 0 && anonymous(rest));
     let found = fits.next().map(|(start, ..)| start);
     found.filter(|_| fits.next().is_none())
 }

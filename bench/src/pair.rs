@@ -60,6 +60,8 @@ pub struct Pair {
     pub guest_proxy: Proxy,
     pub standby_proxy: Proxy,
     pub taken: Arc<Mutex<Taken>>,
+    /// Where the backup listens.
+    pub peer: String,
     pub tick_page: u64,
     pub guest_memory: Memory,
     pub standby_memory: Memory,
@@ -88,7 +90,7 @@ impl Pair {
         let standby_memory = open_memory(dir, "standby", &standby)?;
         let tick_page = match setup.guest.work {
             Work::Tick => wait_tick_page(&dir.join("guest.console"))?,
-            Work::BootSector => 0x8000,
+            Work::BootSector => wait_boot_sector(&guest_memory)?,
         };
         let page: TickPage = Arc::new(Mutex::new(Some(tick_page)));
         let taken = Arc::new(Mutex::new(Taken::default()));
@@ -115,6 +117,7 @@ impl Pair {
             guest_proxy,
             standby_proxy,
             taken,
+            peer,
             tick_page,
             guest_memory,
             standby_memory,
@@ -164,7 +167,7 @@ fn guest_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &Ti
         "cont" if saved => {
             saved = false;
             let tick = tick(&memory, &page).unwrap_or(0);
-            let copy = (watch == Watch::AllRam).then(|| memory.copy().ok()).flatten();
+            let copy = (watch == Watch::AllRam).then(|| kept(memory.copy())).flatten();
             let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
             let kept = if watch == Watch::AllRam { KEPT } else { 1 << 16 };
             if taken.boundaries.len() >= kept {
@@ -180,7 +183,7 @@ fn standby_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &
     let (taken, page) = (Arc::clone(taken), Arc::clone(page));
     Box::new(move |command| match command {
         "migrate-incoming" if watch == Watch::AllRam => {
-            let copy = memory.copy().ok();
+            let copy = kept(memory.copy());
             taken.lock().unwrap_or_else(PoisonError::into_inner).standby = copy;
         }
         "cont" => {
@@ -189,6 +192,11 @@ fn standby_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &
         }
         _ => {}
     })
+}
+
+/// The proxy goes on without a copy; whoever needs it says that it is missing.
+fn kept(copy: Result<Copy>) -> Option<Copy> {
+    copy.inspect_err(|error| eprintln!("copying RAM failed: {error:#}")).ok()
 }
 
 fn tick(memory: &Memory, page: &TickPage) -> Option<u64> {
@@ -216,6 +224,17 @@ fn wait_tick_page(console: &Path) -> Result<u64> {
         ensure!(Instant::now() < deadline, "the guest did not boot:\n{said}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Waits until the boot sector counts; its counter has a fixed address.
+fn wait_boot_sector(memory: &Memory) -> Result<u64> {
+    const COUNTER: u64 = 0x8000;
+    let deadline = Instant::now() + BOOT_PATIENCE;
+    while memory.read_u64(COUNTER)? == 0 {
+        ensure!(Instant::now() < deadline, "the boot sector does not run");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(COUNTER)
 }
 
 /// The time as QEMU stamps its events.
