@@ -14,6 +14,7 @@ use crate::memory::{Copy, Memory};
 use crate::process::{Process, free_port};
 use crate::proxy::{Hook, Proxy};
 use crate::qmp::Qmp;
+use crate::relay::{Relay, Watcher};
 
 /// Copies that are kept: the acknowledged boundary, the one after it, and one for safety.
 const KEPT: usize = 3;
@@ -32,8 +33,11 @@ pub enum Watch {
 /// What a boundary looked like, taken while its `cont` was held.
 #[derive(Debug)]
 pub struct Boundary {
-    /// Saves so far: the epoch's number as long as none was aborted.
+    /// The epoch: one more than the last acknowledged one if there is a relay to tell, else the
+    /// number of saves so far, which is wrong after an aborted epoch.
     pub number: u64,
+    /// When its `cont` was let through, in microseconds since 1970.
+    pub at_us: u64,
     pub tick: u64,
     pub copy: Option<Copy>,
 }
@@ -44,6 +48,8 @@ pub struct Taken {
     pub boundaries: VecDeque<Boundary>,
     /// The standby's RAM while its `migrate-incoming` was held.
     pub standby: Option<Copy>,
+    /// For how long it was held to copy it.
+    pub standby_held: Duration,
     /// The counter in the standby's RAM while its `cont` was held.
     pub standby_tick: Option<u64>,
 }
@@ -60,6 +66,8 @@ pub struct Pair {
     pub guest_proxy: Proxy,
     pub standby_proxy: Proxy,
     pub taken: Arc<Mutex<Taken>>,
+    /// Between the daemons, if it was asked for.
+    pub relay: Option<Relay>,
     /// Where the backup listens.
     pub peer: String,
     pub tick_page: u64,
@@ -84,6 +92,18 @@ impl Pair {
     /// # Errors
     /// Anything does not start.
     pub fn start(dir: &Path, setup: &Setup) -> Result<Pair> {
+        Pair::start_between(dir, setup, false)
+    }
+
+    /// The same, with a relay between the daemons.
+    ///
+    /// # Errors
+    /// Anything does not start.
+    pub fn start_relayed(dir: &Path, setup: &Setup) -> Result<Pair> {
+        Pair::start_between(dir, setup, true)
+    }
+
+    fn start_between(dir: &Path, setup: &Setup, relayed: bool) -> Result<Pair> {
         let guest = setup.guest.start(dir, "guest", false)?;
         let standby = setup.guest.start(dir, "standby", true)?;
         let guest_memory = open_memory(dir, "guest", &guest)?;
@@ -94,18 +114,24 @@ impl Pair {
         };
         let page: TickPage = Arc::new(Mutex::new(Some(tick_page)));
         let taken = Arc::new(Mutex::new(Taken::default()));
-        let hook = guest_hook(open_memory(dir, "guest", &guest)?, setup.watch, &taken, &page);
+        let backup_port = free_port()?;
+        let relay = relayed.then(|| Relay::start(backup_port)).transpose()?;
+        let watcher = relay.as_ref().map(Relay::watch);
+        let memory = open_memory(dir, "guest", &guest)?;
+        let hook = guest_hook(memory, setup.watch, watcher, &taken, &page);
         let (proxy, qmp) = (dir.join("guest.proxy"), dir.join("guest.qmp"));
         let guest_proxy = Proxy::start(&proxy, &qmp, setup.floors, hook)?;
         let hook = standby_hook(open_memory(dir, "standby", &standby)?, setup.watch, &taken, &page);
         let standby_socket = dir.join("standby.proxy");
         let standby_proxy = Proxy::start(&standby_socket, &dir.join("standby.qmp"), false, hook)?;
 
-        let peer = format!("127.0.0.1:{}", free_port()?);
+        let peer = format!("127.0.0.1:{backup_port}");
+        let front = relay.as_ref().map_or(backup_port, |relay| relay.port);
+        let front = format!("127.0.0.1:{front}");
         let text = |path: &Path| path.display().to_string();
         let backup = ["--listen", &peer, "--qmp", &text(&standby_socket)].map(str::to_owned);
         let backup = Daemon::start(dir, "backup", &backup)?;
-        let mut options = ["--peer", &peer, "--qmp", &text(&proxy)].map(str::to_owned).to_vec();
+        let mut options = ["--peer", &front, "--qmp", &text(&proxy)].map(str::to_owned).to_vec();
         options.extend(setup.options.iter().cloned());
         let mut primary = Daemon::start(dir, "primary", &options)?;
         primary.wait_event("synced", Duration::from_secs(60))?;
@@ -117,6 +143,7 @@ impl Pair {
             guest_proxy,
             standby_proxy,
             taken,
+            relay,
             peer,
             tick_page,
             guest_memory,
@@ -155,13 +182,20 @@ impl Pair {
     }
 }
 
-fn guest_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &TickPage) -> Hook {
+fn guest_hook(
+    memory: Memory,
+    watch: Watch,
+    watcher: Option<Watcher>,
+    taken: &Arc<Mutex<Taken>>,
+    page: &TickPage,
+) -> Hook {
     let (taken, page) = (Arc::clone(taken), Arc::clone(page));
     let mut number = 0;
     let mut saved = false;
     Box::new(move |command| match command {
         "xen-save-devices-state" => {
-            number += 1;
+            // The next boundary never comes before the last epoch's acknowledgement.
+            number = watcher.as_ref().map_or(number, |relay| relay.passed().acked_epoch) + 1;
             saved = true;
         }
         "cont" if saved => {
@@ -173,7 +207,7 @@ fn guest_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &Ti
             if taken.boundaries.len() >= kept {
                 taken.boundaries.pop_front();
             }
-            taken.boundaries.push_back(Boundary { number, tick, copy });
+            taken.boundaries.push_back(Boundary { number, at_us: now_us(), tick, copy });
         }
         _ => {}
     })
@@ -183,8 +217,11 @@ fn standby_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &
     let (taken, page) = (Arc::clone(taken), Arc::clone(page));
     Box::new(move |command| match command {
         "migrate-incoming" if watch == Watch::AllRam => {
+            let began = Instant::now();
             let copy = kept(memory.copy());
-            taken.lock().unwrap_or_else(PoisonError::into_inner).standby = copy;
+            let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
+            taken.standby = copy;
+            taken.standby_held = began.elapsed();
         }
         "cont" => {
             let tick = tick(&memory, &page);
