@@ -11,6 +11,7 @@ use ft_core::types::PAGE_BYTES;
 use ft_core::{BlockId, PageRun};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
+use nix::sys::stat::fstat;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::{Pid, Whence, lseek64};
 
@@ -40,6 +41,8 @@ pub enum RamError {
         operation: &'static str,
         source: io::Error,
     },
+    #[error("the new QEMU's RAM is not that of the one before: {what}")]
+    OtherBlocks { what: String },
 }
 
 /// All RAM blocks of one QEMU, in the order of its shape.
@@ -178,6 +181,18 @@ impl SharedFile {
             .map_raw(&file)
             .map_err(failed)?;
         Ok(SharedFile { map, file, offset })
+    }
+
+    /// Whether this is a mapping of that place in that file.
+    pub(crate) fn is_of(&self, file: &OwnedFd, offset: u64) -> Result<bool, RamError> {
+        let identity = |file: &OwnedFd| match fstat(file) {
+            Ok(stat) => Ok((stat.st_dev, stat.st_ino)),
+            Err(error) => Err(RamError::File {
+                operation: "fstat",
+                source: error.into(),
+            }),
+        };
+        Ok(self.offset == offset && identity(&self.file)? == identity(file)?)
     }
 
     pub(crate) fn copy_out(&self, offset: u64, out: &mut [u8]) {

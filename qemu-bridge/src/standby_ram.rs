@@ -6,6 +6,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::ops::Range;
 
 use ft_core::image::{Piece, entries};
 use ft_core::types::PAGE_BYTES;
@@ -28,6 +29,7 @@ pub struct StandbyRam {
 
 #[derive(Debug)]
 struct StandbyRegion {
+    name: String,
     bytes: u64,
     image: SharedFile,
     /// Where the standby's process has a copy of its own.
@@ -100,39 +102,57 @@ impl StandbyRam {
         Ok(())
     }
 
-    /// A fresh standby on the same shared RAM: its own blocks get the image's bytes.
+    /// A fresh standby on the same main RAM: its other blocks get the image's bytes, and from now
+    /// on every epoch.
     ///
     /// # Errors
     /// Its blocks are not those of the first one, or can't be written.
     pub fn adopt(&mut self, pid: i32, blocks: &[RamBlock]) -> Result<(), RamError> {
+        self.check_same(blocks)?;
         self.pid = Pid::from_raw(pid);
         for (region, block) in self.regions.iter_mut().zip(blocks) {
+            region.fill_other(self.pid, block)?;
             region.private_at = private_address(block);
-        }
-        self.poke(pid, blocks)
-    }
-
-    /// Writes the image's bytes into another QEMU, block by block where the standby itself has
-    /// private ones; the others it maps from the same file.
-    ///
-    /// # Errors
-    /// They can't be written.
-    pub fn poke(&self, pid: i32, blocks: &[RamBlock]) -> Result<(), RamError> {
-        let mut buffer = vec![0; POKE_BYTES];
-        for (region, block) in self.regions.iter().zip(blocks) {
-            let (Some(_), Some(address)) = (region.private_at, private_address(block)) else {
-                continue;
-            };
-            let mut offset = 0;
-            while offset < region.bytes {
-                let step = (region.bytes - offset).min(POKE_BYTES as u64);
-                let part = &mut buffer[..usize::try_from(step).expect("at most POKE_BYTES")];
-                region.image.copy_out(offset, part);
-                write_remote(Pid::from_raw(pid), address + offset, part)?;
-                offset += step;
+            if let Some(file) = region.other_file(block)? {
+                region.image = file;
             }
         }
         Ok(())
+    }
+
+    /// Writes the image's bytes into another QEMU, a rehearsal, wherever it doesn't map the
+    /// image's file itself.
+    ///
+    /// # Errors
+    /// Its blocks are not those of the first one, or can't be written.
+    pub fn poke(&self, pid: i32, blocks: &[RamBlock]) -> Result<(), RamError> {
+        self.check_same(blocks)?;
+        for (region, block) in self.regions.iter().zip(blocks) {
+            // Shared in the standby, private here: a private mapping of the image's file.
+            let copy_of_image = region.private_at.is_none() && private_address(block).is_some();
+            if !copy_of_image {
+                region.fill_other(Pid::from_raw(pid), block)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_same(&self, blocks: &[RamBlock]) -> Result<(), RamError> {
+        let other = |what| Err(RamError::OtherBlocks { what });
+        if blocks.len() != self.regions.len() {
+            let (was, is) = (self.regions.len(), blocks.len());
+            return other(format!("there were {was} blocks and now {is}"));
+        }
+        let mut pairs = self.regions.iter().zip(blocks);
+        match pairs
+            .find(|(region, block)| (&region.name, region.bytes) != (&block.name, block.bytes))
+        {
+            Some((region, block)) => other(format!(
+                "{} of {} bytes was {} of {}",
+                block.name, block.bytes, region.name, region.bytes
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Copies whole pages of the image out, for audits.
@@ -185,10 +205,66 @@ impl StandbyRegion {
             fill_image(pid, address, block.bytes, &image)?;
         }
         Ok(StandbyRegion {
+            name: block.name.clone(),
             bytes: block.bytes,
             image,
             private_at,
         })
+    }
+
+    /// Writes the image's bytes into the block of another QEMU, if that isn't the image itself.
+    fn fill_other(&self, pid: Pid, block: &RamBlock) -> Result<(), RamError> {
+        if let Backing::Shared { fd, offset, .. } = &block.backing
+            && self.image.is_of(fd, *offset)?
+        {
+            return Ok(());
+        }
+        let address = block.backing.host_address();
+        let mut buffer = vec![0; POKE_BYTES];
+        let mut offset = 0;
+        while offset < self.bytes {
+            // Reading a hole through the mapping would fill it.
+            let data = self.next_data_bytes(offset)?;
+            zero_remote(pid, address + offset, data.start - offset)?;
+            offset = data.start;
+            while offset < data.end {
+                let step = (data.end - offset).min(POKE_BYTES as u64);
+                let part = &mut buffer[..usize::try_from(step).expect("at most POKE_BYTES")];
+                self.image.copy_out(offset, part);
+                write_remote(pid, address + offset, part)?;
+                offset += step;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first bytes from `offset` on that are no hole; empty at the end if there are none.
+    fn next_data_bytes(&self, offset: u64) -> Result<Range<u64>, RamError> {
+        let page = PAGE_BYTES as u64;
+        let data = self.image.next_data(PageRun {
+            block: BlockId(0),
+            first: offset / page,
+            count: (self.bytes - offset) / page,
+        })?;
+        Ok(data.map_or(self.bytes..self.bytes, |data| {
+            data.first * page..(data.first + data.count) * page
+        }))
+    }
+
+    /// The block's file, if it has one that isn't the image. Each QEMU with `aux-ram-share` makes
+    /// files of its own, and a standby's are the image as long as it lives.
+    fn other_file(&self, block: &RamBlock) -> Result<Option<SharedFile>, RamError> {
+        match &block.backing {
+            Backing::Shared { fd, offset, .. } if !self.image.is_of(fd, *offset)? => {
+                let file = fd.try_clone().map_err(|source| RamError::Map {
+                    block: block.name.clone(),
+                    bytes: block.bytes,
+                    source,
+                })?;
+                SharedFile::map(&block.name, file, *offset, block.bytes).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 }
 

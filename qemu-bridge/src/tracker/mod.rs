@@ -64,8 +64,17 @@ pub enum TrackerError {
         "{operation} QEMU's process {pid} is not permitted: run as root, or give CAP_SYS_PTRACE \
          and check kernel.yama.ptrace_scope; or use --tracker compare"
     )]
-    NotPermitted { operation: &'static str, pid: i32 },
-    #[error("{operation} on QEMU's process {pid} failed")]
+    NotPermitted {
+        operation: &'static str,
+        pid: i32,
+        source: io::Error,
+    },
+    #[error(
+        "QEMU's process {pid} is traced by process {tracer}, a debugger perhaps: end that, or use \
+         --tracker compare"
+    )]
+    Traced { pid: i32, tracer: i32 },
+    #[error("{operation} QEMU's process {pid} failed")]
     Inject {
         operation: &'static str,
         pid: i32,

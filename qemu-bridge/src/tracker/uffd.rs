@@ -81,7 +81,7 @@ impl UffdTracker {
         }
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::open(path).map_err(|source| TrackerError::Inject {
-            operation: "opening the pagemap",
+            operation: "opening the pagemap of",
             pid,
             source,
         })?;

@@ -76,7 +76,11 @@ impl Guest {
         std::fs::write(&image, sector).unwrap();
         let drive = format!("file={},format=raw,if=ide,snapshot=on", image.display());
         let machine = ["-machine", "pc", "-nodefaults", "-drive", &drive];
-        let arguments = [accelerator, &machine[..]].concat();
+        let mut arguments = [accelerator, &machine[..]].concat();
+        if accelerator.contains(&"kvm") {
+            // SeaBIOS asks for a kvmclock, and then KVM writes its page at each `cont`.
+            arguments.extend(["-cpu", "qemu64,kvmclock=off"]);
+        }
         let mut guest = Guest::start(qemu, &arguments, main, 64);
         guest._disk = Some(disk);
         guest

@@ -3,7 +3,9 @@
 mod blocks;
 mod guardian;
 mod guests;
+mod inject;
 mod qmp;
+mod ram;
 mod refusals;
 mod shape;
 mod standby;

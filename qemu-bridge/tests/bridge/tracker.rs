@@ -13,13 +13,16 @@ use qemu_bridge::tracker::{
 use crate::guests::{Guest, MainRam, accelerators, byte_range};
 use crate::support::{PATIENCE, qemus};
 
-const SCANS: usize = 20;
+const SCANS: usize = 5;
 
 #[test]
 fn sixteen_pages_written_are_sixteen_pages_reported() {
     for qemu in qemus() {
         for accelerator in accelerators() {
             for main in [MainRam::Shared, MainRam::Private] {
+                if main == MainRam::Private && accelerator.contains(&"kvm") {
+                    continue; // nothing that the other three don't show
+                }
                 let mut guest = Guest::touching(&qemu, accelerator, main);
                 let mut trackers: [Box<dyn Tracker>; 2] = [
                     Box::new(UffdTracker::attach(&guest.ram).unwrap()),
@@ -68,49 +71,63 @@ fn check_scans(guest: &mut Guest, tracker: &mut dyn Tracker) {
 #[test]
 fn a_copy_of_what_is_reported_is_always_all_of_ram() {
     let machines: &[&[&str]] = &[
-        &["-machine", "pc", "-device", "virtio-net-pci"],
-        &["-machine", "q35", "-smp", "2"],
+        &[
+            "-accel",
+            "tcg",
+            "-machine",
+            "pc",
+            "-device",
+            "virtio-net-pci",
+        ],
+        &["-accel", "tcg", "-machine", "q35", "-smp", "2"],
+        &["-accel", "kvm", "-cpu", "qemu64", "-machine", "pc"],
     ];
     for qemu in qemus() {
-        for (machine, accelerator) in machines.iter().zip(accelerators().iter().cycle()) {
-            let arguments = [*machine, accelerator].concat();
-            let mut guest = Guest::start(&qemu, &arguments, MainRam::Shared, 64);
-            let mut uffd = UffdTracker::attach(&guest.ram).unwrap();
-            let mut compare = CompareTracker::new(&guest.ram).unwrap();
-            guest.stop();
-            uffd.arm_all(&guest.ram).unwrap();
-            compare.arm_all(&guest.ram).unwrap();
-            let mut copy = guest.bytes();
-            let mut pages = 0;
-            for round in 0..12 {
-                guest.cont();
-                if round % 4 == 0 {
-                    // The firmware starts over and writes all over the place.
-                    let reset = Command::new("system_reset");
-                    guest.vm.qmp.call(reset, PATIENCE).unwrap();
-                }
-                std::thread::sleep(Duration::from_millis(150));
-                guest.stop();
-                let mut written = guest.dirty_set();
-                uffd.collect(&guest.ram, &mut written).unwrap();
-                let mut changed = guest.dirty_set();
-                compare.collect(&guest.ram, &mut changed).unwrap();
-                pages += written.count();
-                for run in changed.runs() {
-                    let seen = (run.first..run.first + run.count)
-                        .all(|page| written.contains(run.block, page));
-                    assert!(seen, "{run:?} has changed, uffd has not reported it");
-                }
-                for run in written.runs() {
-                    let target = &mut copy[usize::from(run.block.0)][byte_range(run)];
-                    guest.ram.copy_out(run.block, run.first, target).unwrap();
-                }
-                assert!(guest.bytes() == copy, "a write was missed");
-            }
-            eprintln!("{qemu} {arguments:?}: {pages} pages written");
-            assert!(pages > 0);
+        for machine in &machines[..accelerators().len() + 1] {
+            let mut guest = Guest::start(&qemu, machine, MainRam::Shared, 64);
+            let pages = check_copies(&mut guest, machine.contains(&"tcg"));
+            eprintln!("{qemu} {machine:?}: {pages} pages written");
         }
     }
+}
+
+/// Keeps a copy of RAM by what is reported, with all of RAM to compare it with.
+fn check_copies(guest: &mut Guest, resets: bool) -> u64 {
+    let mut uffd = UffdTracker::attach(&guest.ram).unwrap();
+    let mut compare = CompareTracker::new(&guest.ram).unwrap();
+    guest.stop();
+    uffd.arm_all(&guest.ram).unwrap();
+    compare.arm_all(&guest.ram).unwrap();
+    let mut copy = guest.bytes();
+    let mut pages = 0;
+    for round in 0..12 {
+        guest.cont();
+        if resets && round % 4 == 0 {
+            // The firmware starts over and writes all over the place. (Where KVM is nested, as on
+            // the machines that run this, it often can't emulate a reset at a random moment.)
+            let reset = Command::new("system_reset");
+            guest.vm.qmp.call(reset, PATIENCE).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        guest.stop();
+        let mut written = guest.dirty_set();
+        uffd.collect(&guest.ram, &mut written).unwrap();
+        let mut changed = guest.dirty_set();
+        compare.collect(&guest.ram, &mut changed).unwrap();
+        pages += written.count();
+        for run in changed.runs() {
+            let mut pages = run.first..run.first + run.count;
+            let seen = pages.all(|page| written.contains(run.block, page));
+            assert!(seen, "{run:?} has changed, uffd has not reported it");
+        }
+        for run in written.runs() {
+            let target = &mut copy[usize::from(run.block.0)][byte_range(run)];
+            guest.ram.copy_out(run.block, run.first, target).unwrap();
+        }
+        assert!(guest.bytes() == copy, "a write was missed");
+    }
+    assert!(pages > 0);
+    pages
 }
 
 #[test]
