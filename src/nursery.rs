@@ -16,6 +16,7 @@ use qemu_bridge::spawn::{
 use qemu_bridge::standby::prepare_standby;
 
 use crate::driver::backup::Standby;
+use crate::driver::worker::Desk;
 
 /// A QEMU that starts opens its QMP socket and answers in this time, or not at all.
 pub(crate) const START_PATIENCE: Duration = Duration::from_secs(20);
@@ -26,6 +27,20 @@ pub(crate) const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Born {
     pub(crate) process: QemuProcess,
     pub(crate) qmp: Qmp,
+}
+
+/// What the backup's loop asks of the nursery's thread.
+#[derive(Debug)]
+pub(crate) enum Wish {
+    /// A fresh standby on the RAM of the one before.
+    Standby,
+    Rehearsal,
+}
+
+/// What it gets: a QEMU that waits for a state, and its RAM blocks, or why not.
+pub(crate) enum Newborn {
+    Standby(Result<(Standby, Vec<RamBlock>), String>),
+    Rehearsal(Result<(Standby, Vec<RamBlock>), String>),
 }
 
 /// Makes QEMUs of one command line.
@@ -97,7 +112,7 @@ impl Nursery {
             }
             _ => self.prepare(role, RamSource::Fresh)?,
         };
-        start(&prepared, GuestOutput::Inherit)
+        start(&prepared, GuestOutput::Inherit, false)
     }
 
     /// Remembers the main RAM of the first standby: it outlives its QEMU.
@@ -118,11 +133,19 @@ impl Nursery {
         }
     }
 
-    /// A fresh standby on the RAM of the one before.
-    ///
-    /// # Errors
-    /// It does not start.
-    pub(crate) fn respawn(&mut self) -> anyhow::Result<(Standby, Vec<RamBlock>)> {
+    /// Fulfils wishes until the loop is gone.
+    pub(crate) fn run(mut self, desk: &Desk<Wish, Newborn>) {
+        while let Some(wish) = desk.next() {
+            desk.report(match wish {
+                Wish::Standby => Newborn::Standby(self.respawn().map_err(|e| format!("{e:#}"))),
+                Wish::Rehearsal => {
+                    Newborn::Rehearsal(self.rehearsal().map_err(|e| format!("{e:#}")))
+                }
+            });
+        }
+    }
+
+    fn respawn(&mut self) -> anyhow::Result<(Standby, Vec<RamBlock>)> {
         let Born { process, mut qmp } = self.bear(Role::Backup)?;
         prepare_standby(&mut qmp, ANSWER_PATIENCE)?;
         let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
@@ -130,10 +153,7 @@ impl Nursery {
     }
 
     /// A throw-away standby on a private copy of the RAM, with no way out to the host.
-    ///
-    /// # Errors
-    /// It does not start.
-    pub(crate) fn rehearsal(&mut self) -> anyhow::Result<(Standby, Vec<RamBlock>)> {
+    fn rehearsal(&mut self) -> anyhow::Result<(Standby, Vec<RamBlock>)> {
         let ram = self.main_ram.as_ref().context("there is no RAM to rehearse on")?;
         let ram = ram.try_clone().context("copying the RAM's descriptor")?;
         let all = std::mem::take(&mut self.argv);
@@ -141,7 +161,7 @@ impl Nursery {
         self.argv = cut_off;
         let prepared = self.prepare(Role::Backup, RamSource::PrivateCopy(ram.as_fd()));
         self.argv = all;
-        let Born { process, mut qmp } = start(&prepared?, GuestOutput::Discard)?;
+        let Born { process, mut qmp } = start(&prepared?, GuestOutput::Discard, true)?;
         prepare_standby(&mut qmp, ANSWER_PATIENCE)?;
         let blocks = ram_blocks_of_copy(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
         Ok((Standby::new(qmp, process), blocks))
@@ -158,9 +178,13 @@ impl Drop for Nursery {
     }
 }
 
-fn start(prepared: &Prepared, output: GuestOutput) -> anyhow::Result<Born> {
+fn start(
+    prepared: &Prepared,
+    output: GuestOutput,
+    dies_with_thread: bool,
+) -> anyhow::Result<Born> {
     let inherited: Vec<_> = prepared.ram.iter().map(AsFd::as_fd).collect();
-    let options = SpawnOptions { inherited: &inherited, output };
+    let options = SpawnOptions { inherited: &inherited, output, dies_with_thread };
     let mut process = QemuProcess::spawn(&prepared.argv, &options)?;
     match process.connect_qmp(&prepared.qmp_socket, START_PATIENCE) {
         Ok(qmp) => Ok(Born { process, qmp }),

@@ -90,10 +90,6 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     qmp.call(Command::new("set-action").arg("shutdown", "pause"), ANSWER_PATIENCE)
         .context("telling QEMU to stay when the guest powers off")?;
 
-    tracing::warn!(
-        "no output gate yet: a client may have seen answers that the survivor does not remember, \
-         and a primary that is cut off can still speak until its lease ends"
-    );
     let mut events = Events::open(settings.events.as_deref(), "primary")?;
     events.attached(&Attached {
         qemu_pid: process.pid(),
@@ -191,6 +187,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     let control = ControlServer::bind(&settings.control)?;
     let worker = BackupWorker::new(ram);
     let worker = Worker::start("apply", move |desk| worker.run(&desk))?;
+    let nursery = Worker::start("nursery", move |desk| nursery.run(&desk))?;
     let config = BackupConfig {
         vm_id: settings.vm_id.clone(),
         vm: vm_tag(&settings.vm_id),

@@ -29,7 +29,7 @@ use crate::events::Events;
 use crate::exit::Exit;
 use crate::guard::Guard;
 use crate::signals::Signals;
-use crate::nursery::Nursery;
+use crate::nursery::{Newborn, Wish};
 use crate::state_store::{self, StateStore};
 
 /// Chunks that stay mapped for the next epoch; the rest goes back to the kernel.
@@ -43,6 +43,7 @@ enum Source {
     Standby,
     Rehearsal,
     Worker,
+    Nursery,
     Control,
     Signal,
 }
@@ -52,7 +53,8 @@ pub(crate) struct Parts {
     pub(crate) listener: TcpListener,
     pub(crate) arena: Arena,
     pub(crate) standby: Standby,
-    pub(crate) nursery: Nursery,
+    /// Starting a QEMU takes longer than a heartbeat may, so it has a thread of its own.
+    pub(crate) nursery: Worker<Wish, Newborn>,
     pub(crate) worker: Worker<Job, Done>,
     pub(crate) events: Events,
     pub(crate) control: ControlServer,
@@ -136,6 +138,7 @@ impl Driver {
             poller.watch(Source::Rehearsal, fd);
         }
         poller.watch(Source::Worker, self.parts.worker.fd());
+        poller.watch(Source::Nursery, self.parts.nursery.fd());
         poller.watch(Source::Signal, self.parts.signals.fd());
         for fd in self.parts.control.fds() {
             poller.watch(Source::Control, fd);
@@ -188,6 +191,7 @@ impl Driver {
                 self.end_rehearsal(result);
             }
             Source::Worker => self.on_worker(),
+            Source::Nursery => self.on_born(),
             Source::Control => self.on_control(),
             Source::Signal => {
                 while let Some(signal) = self.parts.signals.take() {
@@ -429,10 +433,10 @@ impl Driver {
             }
             Action::RespawnAndActivate { run_state, .. } => {
                 self.run_state = run_state;
-                self.respawn();
+                self.parts.nursery.submit(Wish::Standby);
             }
             Action::ForgetImage => self.device_state.clear(),
-            Action::PrepareRehearsal => self.prepare_rehearsal(),
+            Action::PrepareRehearsal => self.parts.nursery.submit(Wish::Rehearsal),
             Action::Rehearse { run_state, .. } => self.rehearse(run_state),
             Action::CancelRehearsal => {
                 if let Some(rehearsal) = self.rehearsal.take() {
@@ -487,29 +491,28 @@ impl Driver {
         }
     }
 
-    /// A standby loads once: the next try needs a fresh one. Blocks while QEMU starts, because
-    /// after the decision to activate nothing else matters.
-    fn respawn(&mut self) {
-        match self.parts.nursery.respawn() {
-            Ok((standby, blocks)) => {
-                self.parts.worker.submit(Job::Adopt { pid: standby.pid(), blocks });
-                self.parts.standby = standby;
+    /// What the nursery has made.
+    fn on_born(&mut self) {
+        while let Some(born) = self.parts.nursery.take() {
+            match born {
+                Newborn::Standby(Ok((standby, blocks))) => {
+                    self.parts.worker.submit(Job::Adopt { pid: standby.pid(), blocks });
+                    self.parts.standby = standby;
+                }
+                Newborn::Standby(Err(text)) => self.input(Input::ActivationFailed { text }),
+                Newborn::Rehearsal(Ok((qemu, blocks))) => {
+                    self.rehearsal = Some(Rehearsal::new(qemu, blocks));
+                    self.input(Input::RehearsalReady);
+                    // A failover may have come in between.
+                    if matches!(self.parts.machine.status().state, State::Activating | State::Active)
+                        && let Some(rehearsal) = self.rehearsal.take()
+                    {
+                        rehearsal.end();
+                    }
+                }
+                Newborn::Rehearsal(Err(text)) => self.input(Input::Rehearsed { ok: false, text }),
             }
-            Err(error) => self.input(Input::ActivationFailed { text: format!("{error:#}") }),
-        }
-    }
-
-    /// Blocks the loop while the throw-away QEMU starts; see [`super::nursery`].
-    fn prepare_rehearsal(&mut self) {
-        match self.parts.nursery.rehearsal() {
-            Ok((qemu, blocks)) => {
-                self.rehearsal = Some(Rehearsal::new(qemu, blocks));
-                self.input(Input::RehearsalReady);
-            }
-            Err(error) => {
-                let text = format!("{error:#}");
-                self.input(Input::Rehearsed { ok: false, text });
-            }
+            self.drain();
         }
     }
 

@@ -57,6 +57,8 @@ pub struct SpawnOptions<'a> {
     /// Open in the child under the same numbers.
     pub inherited: &'a [BorrowedFd<'a>],
     pub output: GuestOutput,
+    /// The kernel kills it when the thread that starts it ends: for QEMUs that nobody else knows.
+    pub dies_with_thread: bool,
 }
 
 /// A handle on a QEMU process that can't come to mean another one when its number is reused.
@@ -99,10 +101,16 @@ impl QemuProcess {
                 GuestOutput::Discard => Stdio::null(),
             })
             .stderr(stderr_writer);
-        // SAFETY: the closure runs between fork and exec; it calls only fcntl, which is
+        let dies_with_thread = options.dies_with_thread;
+        // SAFETY: the closure runs between fork and exec; it calls only fcntl and prctl, which are
         // async-signal-safe, and neither allocates nor locks: `inherited` was made before.
         unsafe {
             command.pre_exec(move || {
+                if dies_with_thread
+                    && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) < 0
+                {
+                    return Err(io::Error::last_os_error());
+                }
                 for fd in &inherited {
                     if libc::fcntl(*fd, libc::F_SETFD, 0) < 0 {
                         return Err(io::Error::last_os_error());

@@ -42,6 +42,7 @@ fn start_victim() -> QemuProcess {
     let options = SpawnOptions {
         inherited: &[],
         output: GuestOutput::Discard,
+        dies_with_thread: false,
     };
     QemuProcess::spawn(&["sleep".to_owned(), "60".to_owned()], &options).unwrap()
 }

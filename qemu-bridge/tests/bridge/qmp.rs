@@ -118,6 +118,7 @@ fn qemu_that_ends_at_once_is_quoted() {
     let options = SpawnOptions {
         inherited: &[],
         output: GuestOutput::Discard,
+        dies_with_thread: false,
     };
     let mut process = QemuProcess::spawn(&argv, &options).unwrap();
     let error = process

@@ -32,6 +32,7 @@ fn start(prepared: &Prepared, dir: TestDir) -> TestQemu {
     let options = SpawnOptions {
         inherited: &[ram.as_fd()],
         output: GuestOutput::Discard,
+        dies_with_thread: false,
     };
     TestQemu::adopt(QemuProcess::spawn(&prepared.argv, &options).unwrap(), dir)
 }

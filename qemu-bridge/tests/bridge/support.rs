@@ -91,6 +91,7 @@ impl TestQemu {
         let options = SpawnOptions {
             inherited,
             output: GuestOutput::Discard,
+            dies_with_thread: false,
         };
         TestQemu::adopt(
             QemuProcess::spawn(&argv, &options).expect("QEMU starts"),
