@@ -92,6 +92,11 @@ impl BulkSend {
         self.next_serial += 1;
     }
 
+    /// Whether there are chunks that are not sent.
+    pub(super) fn has_queued(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
     /// Starts sending what is queued, unless it is being done.
     pub(super) fn start(&mut self, ring: &mut Ring, fd: RawFd) -> io::Result<()> {
         if self.in_flight > 0 {

@@ -140,6 +140,11 @@ impl Lanes {
     }
 
     pub(super) fn flush(&mut self) -> io::Result<()> {
+        if self.bulk_send.has_queued() {
+            // What becomes of chunks is to be reported: let the kernel wake the driver.
+            self.start_sends()?;
+            return self.ring.submit();
+        }
         // A small message is sent at once, while it is submitted: its completion is taken here,
         // so that it doesn't wake the driver for nothing.
         self.ring.hush();

@@ -8,6 +8,8 @@ use std::thread;
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 use transport::link::CHUNK_BYTES;
 use transport::tcp::{Incoming, TcpConfig, TcpConnector, TcpLink};
 use transport::{Arena, Event, Grant, Link};
@@ -43,14 +45,32 @@ fn commit() {
     }
 }
 
-/// Alternates, and prints the medians.
+/// Alternates, and prints the medians: of what is measured, and of the CPU time that both ends
+/// took together, which says more on a busy machine.
 fn beside(what: &str, plain: impl Fn() -> f64, link: impl Fn() -> f64) {
-    let (mut plains, mut links): (Vec<_>, Vec<_>) = (0..ROUNDS).map(|_| (plain(), link())).unzip();
-    for (name, values) in [("plain", &mut plains), ("link", &mut links)] {
+    let with_cpu = |run: &dyn Fn() -> f64| {
+        let before = cpu_ms();
+        let value = run();
+        (value, cpu_ms() - before)
+    };
+    let (plains, links): (Vec<_>, Vec<_>) = (0..ROUNDS)
+        .map(|_| (with_cpu(&plain), with_cpu(&link)))
+        .unzip();
+    for (name, runs) in [("plain", plains), ("link", links)] {
+        let (mut values, mut cpu): (Vec<_>, Vec<_>) = runs.into_iter().unzip();
         values.sort_by(f64::total_cmp);
+        cpu.sort_by(f64::total_cmp);
         let (low, median, high) = (values[0], values[ROUNDS / 2], values[ROUNDS - 1]);
-        println!("{what:26} {name:6} {median:8.2}  ({low:.2} to {high:.2})");
+        let cpu = cpu[ROUNDS / 2];
+        println!("{what:26} {name:6} {median:8.2}  ({low:.2} to {high:.2}), {cpu:.0} ms of CPU");
     }
+}
+
+/// What all threads of this process have used.
+fn cpu_ms() -> f64 {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("getrusage");
+    let total = usage.user_time() + usage.system_time();
+    total.num_microseconds() as f64 / 1e3
 }
 
 fn plain_pair() -> (TcpStream, TcpStream) {
@@ -249,7 +269,7 @@ fn link_stream() -> f64 {
             arena.reserve(WINDOW);
             let mut free: Vec<_> = std::iter::from_fn(|| arena.alloc()).collect();
             let mut grants: Vec<Grant> = Vec::new();
-            let (mut queued, mut pushed) = (0, 0);
+            let (mut queued, mut pushed, mut done) = (0, 0, false);
             let start = Instant::now();
             while pushed < chunks {
                 while queued < chunks && !grants.is_empty() && !free.is_empty() {
@@ -260,6 +280,7 @@ fn link_stream() -> f64 {
                 }
                 link.flush().expect("flush");
                 turn(&mut link, |event| match event {
+                    Event::Message(b"done") => done = true,
                     Event::Message(bytes) => grants.extend(read_grants(bytes)),
                     Event::Pushed(chunk) => {
                         free.push(chunk.thaw());
@@ -268,7 +289,6 @@ fn link_stream() -> f64 {
                     _ => {}
                 });
             }
-            let mut done = false;
             while !done {
                 turn(&mut link, |event| {
                     done |= matches!(event, Event::Message(b"done"));
