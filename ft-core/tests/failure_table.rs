@@ -1,0 +1,395 @@
+//! Each row of DESIGN.md's failure table that the machines decide.
+
+mod machines;
+
+use std::time::Duration;
+
+use ft_core::backup;
+use ft_core::primary::{
+    self, Action, Command, End, GateState, Input, LinkDown, OnBackupLoss, Protection, QemuEvent,
+    Report, Step,
+};
+use ft_core::{Epoch, EpochKind, RunState};
+use machines::{EPOCH, LEASE, MAX_UNACKED, Pair, primary_config};
+
+#[test]
+fn daemon_and_qemu_die() {
+    let mut pair = Pair::protected();
+    let last = pair.backup.machine.status().last_flipped;
+    pair.primary_dies();
+    assert_eq!(pair.backup.activated(), Some((last, RunState::Running)));
+    assert_eq!(pair.backup.machine.status().state, backup::State::Active);
+    assert!(pair.backup.machine.status().term.0 > 1);
+}
+
+#[test]
+fn nothing_is_activated_before_the_first_epoch() {
+    let mut pair = Pair::new(primary_config());
+    pair.primary_dies();
+    assert_eq!(pair.backup.activated(), None);
+}
+
+#[test]
+fn primary_cut_off() {
+    let mut pair = Pair::protected();
+    pair.cut = true;
+    pair.forget_actions();
+    let cut_at = pair.now;
+    while pair.backup.activated().is_none() {
+        pair.pass(Duration::from_millis(1));
+        assert!(pair.now.since(cut_at) < 3 * LEASE, "nobody takes over");
+        if pair.backup.activated().is_some() {
+            assert!(
+                pair.primary.has(|a| *a == Action::FenceVm),
+                "both copies run"
+            );
+        }
+    }
+    // The cut is healed: the old primary must end its guest.
+    pair.cut = false;
+    pair.lose_link();
+    pair.pass(Duration::from_secs(5));
+    assert!(
+        matches!(pair.primary.end(), Some(End::FailedOver { .. })),
+        "{:?}",
+        pair.primary.end()
+    );
+    assert!(pair.primary.has(|a| *a == Action::EndVm));
+    assert!(!pair.primary.has(|a| *a == Action::Gate(GateState::Open)));
+}
+
+#[test]
+fn qemu_dies_and_the_daemon_lives() {
+    let mut pair = Pair::protected();
+    pair.primary.vm_runs = false;
+    let gone = QemuEvent::Gone("killed".to_owned());
+    pair.primary.machine.handle(pair.now, Input::Qemu(gone));
+    pair.settle();
+    assert!(pair.backup.activated().is_some());
+    assert!(matches!(pair.primary.end(), Some(End::FailedOver { .. })));
+}
+
+#[test]
+fn daemon_dies_and_qemu_lives() {
+    let mut pair = Pair::protected();
+    pair.cut = true;
+    let down = backup::LinkDown::Broken("FIN of the daemon's lanes".to_owned());
+    let link = backup::LinkId(pair.link);
+    pair.backup
+        .machine
+        .handle(pair.now, backup::Input::LinkDown(link, down));
+    pair.settle_backup();
+    assert_eq!(
+        pair.backup.activated(),
+        None,
+        "the guest may still run over there"
+    );
+    pair.primary_dies(); // the guardian has killed QEMU
+    assert!(pair.backup.activated().is_some());
+}
+
+#[test]
+fn guest_powers_off() {
+    let mut pair = Pair::protected();
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Qemu(QemuEvent::Shutdown));
+    pair.settle();
+    assert_eq!(pair.primary.end(), Some(&End::PoweredOff));
+    assert!(pair.primary.has(|a| *a == Action::EndVm));
+    assert!(
+        pair.backup
+            .has(|a| *a == backup::Action::Finish(backup::End::PoweredOff))
+    );
+    assert_eq!(pair.backup.activated(), None);
+}
+
+#[test]
+fn operator_stops_the_guest() {
+    let mut pair = Pair::protected();
+    pair.primary.vm_runs = false;
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Qemu(QemuEvent::Stopped));
+    pair.pass(3 * EPOCH);
+    let stopped = pair.backup.machine.status().last_flipped;
+    pair.pass(10 * EPOCH);
+    assert_eq!(
+        pair.backup.machine.status().last_flipped,
+        stopped,
+        "epochs of a stopped guest"
+    );
+    assert!(!pair.primary.vm_runs, "the guest was resumed by us");
+    pair.primary_dies();
+    assert_eq!(pair.backup.activated(), Some((stopped, RunState::Stopped)));
+}
+
+#[test]
+fn a_guest_that_runs_unknown_to_us_is_stopped_for_its_boundary() {
+    let mut pair = Pair::protected();
+    // STOP of an operator is seen; his `cont` was taken for ours.
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Qemu(QemuEvent::Stopped));
+    assert!(pair.primary.vm_runs);
+    pair.pass(3 * EPOCH);
+    assert!(pair.primary.machine.status().guest_running);
+    assert!(pair.primary.vm_runs);
+}
+
+#[test]
+fn somebody_else_resumes_the_guest_in_a_boundary() {
+    let mut pair = Pair::protected();
+    pair.forget_actions();
+    pair.now = pair.now + EPOCH;
+    pair.primary.machine.handle_timeout(pair.now);
+    pair.primary.drain();
+    assert!(pair.primary.has(|a| *a == Action::PauseVm));
+    while let Some(answer) = pair.primary.answers.pop_front() {
+        if matches!(answer, Input::Harvested(_)) {
+            break;
+        }
+        pair.primary.machine.handle(pair.now, answer);
+        pair.primary.drain();
+    }
+    pair.primary.vm_runs = true;
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Qemu(QemuEvent::Resumed));
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Harvested(Default::default()));
+    pair.settle();
+    assert!(
+        !pair.primary.has(|a| matches!(a, Action::Seal { .. })),
+        "a torn epoch is sealed"
+    );
+    assert!(pair.primary.has(|a| *a == Action::MergeDirt));
+    pair.pass(Duration::from_secs(1));
+    assert!(
+        pair.primary.has(|a| matches!(a, Action::Seal { .. })),
+        "epochs go on"
+    );
+}
+
+#[test]
+fn link_lost_with_the_acknowledgement_on_its_way() {
+    let mut pair = Pair::protected();
+    pair.acks_held = true;
+    pair.pass(2 * EPOCH);
+    let flipped = pair.backup.machine.status().last_flipped;
+    assert_eq!(
+        pair.primary.machine.status().last_acknowledged.next(),
+        flipped
+    );
+    pair.forget_actions();
+    pair.acks_held = false;
+    pair.lose_link();
+    pair.pass(Duration::from_secs(1));
+    assert!(
+        pair.primary.has(|a| *a == Action::Release(flipped)),
+        "the hello acknowledges it"
+    );
+    assert!(!pair.primary.has(|a| *a == Action::MergeDirt));
+    assert!(pair.backup.machine.status().last_flipped > flipped);
+}
+
+#[test]
+fn link_lost_with_the_epoch_on_its_way() {
+    let mut pair = Pair::protected();
+    let flipped = pair.backup.machine.status().last_flipped;
+    pair.forget_actions();
+    pair.cut = true;
+    pair.pass(2 * EPOCH);
+    pair.cut = false;
+    pair.lose_link();
+    pair.settle();
+    assert!(
+        !pair.primary.has(|a| matches!(a, Action::Release(_))),
+        "nothing is acknowledged"
+    );
+    pair.pass(Duration::from_secs(1));
+    assert!(
+        pair.primary.has(|a| *a == Action::MergeDirt),
+        "the dirt goes back"
+    );
+    assert!(pair.backup.machine.status().last_flipped > flipped);
+}
+
+#[test]
+fn a_throttled_guest_goes_on_after_the_link_is_back() {
+    let mut pair = Pair::protected();
+    pair.cut = true;
+    pair.pass(EPOCH + MAX_UNACKED + Duration::from_millis(10));
+    assert!(!pair.primary.vm_runs, "throttled");
+    pair.cut = false;
+    pair.lose_link();
+    pair.pass(Duration::from_secs(1));
+    assert!(pair.primary.vm_runs);
+    assert!(!pair.primary.machine.status().fenced);
+}
+
+#[test]
+fn shape_changes() {
+    let mut pair = Pair::protected();
+    let changed = Input::ShapeChanged("a device appeared".to_owned());
+    pair.primary.machine.handle(pair.now, changed);
+    pair.settle();
+    assert!(matches!(pair.primary.end(), Some(End::Lost(_))));
+    assert!(pair.primary.has(|a| *a == Action::LeaveVm));
+    assert!(pair.primary.vm_runs, "the guest runs on");
+    pair.primary_dies();
+    assert_eq!(pair.backup.activated(), None, "after a clean end");
+}
+
+#[test]
+fn standby_fails_to_load() {
+    let mut pair = Pair::protected();
+    pair.backup.activation_fails = true;
+    pair.primary_dies();
+    assert!(
+        pair.backup
+            .has(|a| matches!(a, backup::Action::RespawnAndActivate { .. }))
+    );
+    assert_eq!(pair.backup.machine.status().state, backup::State::Active);
+}
+
+#[test]
+fn steps_of_a_boundary_fail() {
+    for step in [Step::Pause, Step::Save, Step::Harvest, Step::Resume] {
+        let mut pair = Pair::protected();
+        pair.forget_actions();
+        pair.primary.fails = Some(step);
+        pair.pass(2 * EPOCH);
+        let failed = |a: &Action| matches!(a, Action::Report(Report::Error(_)));
+        assert!(pair.primary.has(failed), "{step:?}");
+        pair.pass(Duration::from_secs(2));
+        assert!(pair.primary.vm_runs, "{step:?} leaves the guest paused");
+        let before = pair.backup.machine.status().last_flipped;
+        pair.pass(5 * EPOCH);
+        assert!(
+            pair.backup.machine.status().last_flipped > before,
+            "{step:?} ends the epochs"
+        );
+    }
+}
+
+#[test]
+fn backup_dies() {
+    let mut pair = Pair::protected();
+    pair.forget_actions();
+    pair.cut = true;
+    pair.primary
+        .machine
+        .handle(pair.now, Input::LinkDown(LinkDown::PeerDead));
+    pair.settle();
+    assert!(pair.primary.has(|a| *a == Action::Gate(GateState::Open)));
+    assert_eq!(pair.primary.machine.status().state, Protection::Unprotected);
+    assert!(pair.primary.vm_runs);
+    pair.pass(2 * LEASE);
+    assert!(
+        pair.primary.vm_runs,
+        "no lease binds a guest whose backup is dead"
+    );
+}
+
+#[test]
+fn a_backup_that_dies_after_the_lease_may_have_spoken() {
+    let mut pair = Pair::protected();
+    pair.cut = true;
+    pair.pass(2 * LEASE);
+    pair.forget_actions();
+    pair.primary
+        .machine
+        .handle(pair.now, Input::LinkDown(LinkDown::PeerDead));
+    pair.settle();
+    assert!(!pair.primary.has(|a| *a == Action::Gate(GateState::Open)));
+    assert!(!pair.primary.vm_runs);
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Command(Command::Continue));
+    pair.settle();
+    assert!(
+        pair.primary.has(|a| *a == Action::Gate(GateState::Open)),
+        "the operator's word"
+    );
+    assert!(pair.primary.vm_runs);
+}
+
+#[test]
+fn silent_backup_with_continue() {
+    let config = primary::PrimaryConfig {
+        on_backup_loss: OnBackupLoss::Continue,
+        ..primary_config()
+    };
+    let mut pair = Pair::protected_with(config);
+    pair.cut = true;
+    pair.pass(2 * LEASE);
+    assert!(pair.primary.vm_runs);
+    assert!(
+        pair.primary
+            .has(|a| { matches!(a, Action::Report(Report::BackupLost { proven: false, .. })) })
+    );
+}
+
+#[test]
+fn backup_stands_down() {
+    let mut pair = Pair::protected();
+    let command = backup::Input::Command(backup::Command::StandDown);
+    pair.backup.machine.handle(pair.now, command);
+    pair.settle();
+    assert!(
+        pair.backup
+            .has(|a| *a == backup::Action::Finish(backup::End::StoodDown))
+    );
+    assert_eq!(pair.primary.machine.status().state, Protection::Unprotected);
+    assert!(pair.primary.vm_runs);
+}
+
+#[test]
+fn detach() {
+    let mut pair = Pair::protected();
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Command(Command::Detach));
+    pair.settle();
+    assert_eq!(pair.primary.end(), Some(&End::Detached));
+    assert!(pair.primary.vm_runs);
+    assert_eq!(pair.backup.machine.status().state, backup::State::Waiting);
+}
+
+#[test]
+fn switchover() {
+    let mut pair = Pair::protected();
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Command(Command::Switchover));
+    pair.pass(3 * EPOCH);
+    let last = pair.backup.machine.status().last_flipped;
+    assert_eq!(pair.backup.activated(), Some((last, RunState::Running)));
+    assert!(matches!(pair.primary.end(), Some(End::SwitchedOver { .. })));
+}
+
+#[test]
+fn audit_finds_a_difference() {
+    let mut pair = Pair::protected();
+    pair.backup.audit_differs = true;
+    pair.pass(EPOCH + Duration::from_millis(5));
+    pair.pass(5 * EPOCH);
+    let full = |a: &Action| {
+        matches!(
+            a,
+            Action::Harvest {
+                kind: EpochKind::Full,
+                ..
+            }
+        )
+    };
+    assert!(pair.primary.has(full));
+    assert_eq!(pair.primary.machine.status().state, Protection::Protected);
+    assert_eq!(
+        pair.backup.machine.status().state,
+        backup::State::Protecting
+    );
+    assert!(pair.backup.machine.status().last_flipped > Epoch(2));
+}
