@@ -83,14 +83,10 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
             return Ok(Exit::Usage);
         }
     };
-    if matches!(request, Request::Switchover | Request::Rehearse) {
-        // The daemon would refuse as well, but only its log would say so.
-        let status = daemon.ask(Request::Status)?;
-        if status["mode"] == "primary" && status["protected"] != true {
-            let state = status["state"].as_str().unwrap_or("in an unknown state");
-            eprintln!("refused: the guest is {state}, the backup has no complete epoch yet");
-            return Ok(NO);
-        }
+    // The daemon would do nothing either, but only its log would say so.
+    if let Some(why) = obstacle(request, &daemon.ask(Request::Status)?) {
+        eprintln!("refused: {why}");
+        return Ok(NO);
     }
     let reply = daemon.ask(request)?;
     if let Some(error) = reply["error"].as_str() {
@@ -108,6 +104,24 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
             Ok(Exit::Clean)
         }
         Request::Status => unreachable!("status has its own way"),
+    }
+}
+
+/// Why a daemon with this status can't do what is requested.
+fn obstacle(request: Request, status: &Value) -> Option<String> {
+    let state = status["state"].as_str().unwrap_or("unknown");
+    match (request, status["mode"].as_str()?) {
+        (Request::Switchover | Request::Rehearse, "primary") if status["protected"] != true => {
+            Some(format!(
+                "the backup has no complete epoch to start from (state: {state})"
+            ))
+        }
+        (Request::Detach, "backup") if state == "active" => Some(
+            "this host runs the guest now, there is nothing to stand down from; SIGTERM to the \
+             daemon powers the guest down"
+                .to_owned(),
+        ),
+        _ => None,
     }
 }
 
@@ -156,6 +170,13 @@ impl Daemon {
             .by_ref()
             .take(ANSWER_BYTES_MAX)
             .read_line(&mut answer);
+        if read
+            .as_ref()
+            .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        {
+            let seconds = ANSWER_PATIENCE.as_secs();
+            bail!("the daemon at {socket} hangs: it has not answered for {seconds} s");
+        }
         read.with_context(|| format!("waiting for an answer of the daemon at {socket}"))?;
         if answer.is_empty() {
             bail!("the daemon at {socket} has ended");
@@ -325,6 +346,38 @@ mod tests {
     fn a_table_survives_another_version_of_the_daemon() {
         let table = table(Path::new("s"), &json!({}));
         assert!(table.contains("protected   NO (? for -)"), "{table}");
+    }
+
+    #[test]
+    fn what_can_not_be_done_is_known_before_it_is_asked_for() {
+        let (switchover, rehearse) = (Request::Switchover, Request::Rehearse);
+        let status = |mode: &str, state: &str, protected: bool| json!({ "mode": mode, "state": state, "protected": protected });
+        let cases = [
+            (switchover, status("primary", "syncing", false), true),
+            (switchover, status("primary", "protected", true), false),
+            (rehearse, status("primary", "unprotected", false), true),
+            (rehearse, status("backup", "protecting", false), false),
+            (
+                Request::Detach,
+                status("primary", "unprotected", false),
+                false,
+            ),
+            (Request::Detach, status("backup", "active", false), true),
+            (Request::Detach, status("backup", "waiting", false), false),
+            (
+                Request::Continue,
+                status("primary", "unprotected", false),
+                false,
+            ),
+            (switchover, json!({ "error": "of another version" }), false),
+        ];
+        for (request, status, refused) in cases {
+            assert_eq!(
+                obstacle(request, &status).is_some(),
+                refused,
+                "{request:?} {status}"
+            );
+        }
     }
 
     #[test]
