@@ -43,7 +43,7 @@ impl Screen {
     /// # Errors
     /// The kernel refuses a thread.
     pub(crate) fn start() -> io::Result<Screen> {
-        let mut canvas = Canvas { bar: None };
+        let mut canvas = Canvas::default();
         let background = Background::start("screen", QUEUE, move |item| canvas.draw(item))?;
         assert!(
             SCREEN.set(background).is_ok(),
@@ -90,50 +90,73 @@ pub(crate) fn writer() -> impl Write {
 }
 
 /// The thread's side.
+#[derive(Default)]
 struct Canvas {
-    bar: Option<ProgressBar>,
+    bar: Option<(Shape, ProgressBar)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Progress,
+    Line,
+}
+
+impl Shape {
+    fn template(self) -> &'static str {
+        match self {
+            Shape::Progress => "{msg} {bar:30} {percent}% {pos}/{len} pages, {eta} left",
+            Shape::Line => "{wide_msg}",
+        }
+    }
 }
 
 impl Canvas {
     fn draw(&mut self, item: Show) {
         let lost = LOST.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            self.line(
-                format!("({lost} lines are missing here: standard error was full)\n").as_bytes(),
-            );
+            let text = format!("({lost} lines are missing here: standard error was full)\n");
+            self.line(text.as_bytes());
         }
         match item {
             Show::Line(line) => self.line(&line),
             Show::Progress { round, done, total } => {
-                let bar = self.bar("{msg} {bar:30} {percent}% {pos}/{len} pages, {eta} left");
+                let bar = self.bar(Shape::Progress);
                 bar.set_length(total);
                 bar.set_position(done.min(total));
                 bar.set_message(format!("first synchronisation, round {round}"));
             }
-            Show::Live(text) => self.bar("{msg}").set_message(text),
-            Show::Clear => {
-                if let Some(bar) = self.bar.take() {
-                    bar.finish_and_clear();
-                }
-            }
+            Show::Live(text) => self.bar(Shape::Line).set_message(text),
+            Show::Clear => self.clear(),
         }
     }
 
     /// The bar, in this shape.
-    fn bar(&mut self, template: &str) -> &ProgressBar {
-        let style = ProgressStyle::with_template(template).expect("our templates are right");
-        let bar = self.bar.get_or_insert_with(|| {
-            ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
+    fn bar(&mut self, shape: Shape) -> &ProgressBar {
+        if self.bar.as_ref().is_some_and(|(is, _)| *is != shape) {
+            self.clear();
+        }
+        let (_, bar) = self.bar.get_or_insert_with(|| {
+            let style = ProgressStyle::with_template(shape.template());
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            (
+                shape,
+                bar.with_style(style.expect("our templates are right")),
+            )
         });
-        bar.set_style(style);
         bar
+    }
+
+    fn clear(&mut self) {
+        if let Some((_, bar)) = self.bar.take() {
+            bar.finish_and_clear();
+        }
     }
 
     fn line(&self, line: &[u8]) {
         // There is no other place to complain at.
         let write = || drop(io::stderr().write_all(line));
         match &self.bar {
-            Some(bar) => bar.suspend(write),
+            Some((_, bar)) => bar.suspend(write),
             None => write(),
         }
     }
