@@ -1,7 +1,5 @@
 //! Both machines with drivers that answer at once, on virtual time: after Quinn's `Pair`.
 
-#![allow(dead_code)] // each test file uses its part
-
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 

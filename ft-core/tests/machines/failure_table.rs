@@ -1,16 +1,14 @@
 //! Each row of DESIGN.md's failure table that the machines decide.
 
-mod machines;
-
 use std::time::Duration;
 
+use crate::rig::{EPOCH, LEASE, MAX_UNACKED, Pair, primary_config};
 use ft_core::backup;
 use ft_core::primary::{
     self, Action, Command, End, GateState, Input, LinkDown, OnBackupLoss, Protection, QemuEvent,
     Report, Step,
 };
 use ft_core::{Epoch, EpochKind, RunState};
-use machines::{EPOCH, LEASE, MAX_UNACKED, Pair, primary_config};
 
 #[test]
 fn daemon_and_qemu_die() {
