@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -133,6 +134,21 @@ impl Nursery {
         }
     }
 
+    /// A QEMU of this line that runs nothing and has no way out: to be asked, for `--dry-run`.
+    ///
+    /// # Errors
+    /// QEMU does not take the line.
+    pub(crate) fn trial(&mut self) -> anyhow::Result<Born> {
+        let mut argv = qemu_bridge::spawn::cut_off(&self.argv);
+        // Disks are looked at as they are; nothing runs that could write them.
+        argv.retain(|word| word != "-snapshot");
+        argv.push("-S".to_owned());
+        let all = std::mem::replace(&mut self.argv, argv);
+        let prepared = self.prepare(Role::Primary, RamSource::Fresh);
+        self.argv = all;
+        start(&prepared?, GuestOutput::Discard, true)
+    }
+
     /// Fulfils wishes until the loop is gone.
     pub(crate) fn run(mut self, desk: &Desk<Wish, Newborn>) {
         while let Some(wish) = desk.next() {
@@ -199,6 +215,7 @@ fn start(
 fn make_runtime_dir() -> anyhow::Result<PathBuf> {
     use std::os::unix::fs::DirBuilderExt;
     let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    remove_stale_dirs(&base);
     let dir = base.join(format!("curling-rdma-{}", std::process::id()));
     if Path::exists(&dir) {
         // Of a process that had our number before, and was killed.
@@ -207,4 +224,23 @@ fn make_runtime_dir() -> anyhow::Result<PathBuf> {
     let made = fs::DirBuilder::new().mode(0o700).create(&dir);
     made.with_context(|| format!("making {}", dir.display()))?;
     Ok(dir)
+}
+
+/// Folders of daemons that were killed. One whose QEMU still answers stays: it is the only way to
+/// attach to that guest again.
+fn remove_stale_dirs(base: &Path) {
+    let Ok(entries) = fs::read_dir(base) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(pid) = name.strip_prefix("curling-rdma-").and_then(|n| n.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let alive = Path::new(&format!("/proc/{pid}")).exists();
+        let answers = |socket: fs::DirEntry| UnixStream::connect(socket.path()).is_ok();
+        let used = fs::read_dir(entry.path()).is_ok_and(|d| d.flatten().any(answers));
+        if !alive && !used {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }

@@ -27,7 +27,7 @@ use crate::driver::backup::{self, BackupWorker, Standby};
 use crate::driver::primary::{self, PrimaryWorker, Qemu};
 use crate::driver::{clock, worker::Worker};
 use crate::events::{Attached, Events};
-use crate::exit::Exit;
+use crate::exit::{self, Exit};
 use crate::guard::Guard;
 use crate::nursery::{ANSWER_PATIENCE, Born, Nursery};
 use crate::signals::Signals;
@@ -71,7 +71,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
             let mut nursery = Nursery::new(argv.clone())?;
             refuse_all(&find_collisions(argv))?;
             if settings.dry_run {
-                return show(&mut nursery, Role::Primary);
+                return show(&mut nursery, Role::Primary, settings);
             }
             let born = nursery.bear(Role::Primary)?;
             (Some(nursery), born)
@@ -154,7 +154,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
             let mut nursery = Nursery::new(argv.clone())?;
             refuse_all(&find_collisions(argv))?;
             if settings.dry_run {
-                return show(&mut nursery, Role::Backup);
+                return show(&mut nursery, Role::Backup, settings);
             }
             let born = nursery.bear(Role::Backup)?;
             (Some(nursery), born)
@@ -222,7 +222,8 @@ fn refuse_all(found: &[Refusal]) -> anyhow::Result<()> {
     if found.is_empty() {
         return Ok(());
     }
-    bail!("this VM can't be protected as it is:{}", found.iter().map(line).collect::<String>())
+    let found = found.iter().map(line).collect::<String>();
+    Err(exit::Refusal(format!("this VM can't be protected as it is:{found}")).into())
 }
 
 fn attach(socket: &std::path::Path) -> anyhow::Result<Born> {
@@ -231,13 +232,21 @@ fn attach(socket: &std::path::Path) -> anyhow::Result<Born> {
     Ok(Born { process, qmp })
 }
 
-/// `--dry-run`: the command line, and why it is as it is.
-fn show(nursery: &mut Nursery, role: Role) -> anyhow::Result<Exit> {
+/// `--dry-run`: the command line, why it is as it is, and whether its VM could be protected.
+fn show(nursery: &mut Nursery, role: Role, settings: &Settings) -> anyhow::Result<Exit> {
     let prepared = nursery.prepare(role, RamSource::Fresh)?;
     println!("{}", prepared.shell_line());
     for line in prepared.explanation() {
         println!("# {line}");
     }
+    // The devices are QEMU's to know: one is started that runs nothing, and asked.
+    let Born { process, mut qmp } = nursery.trial().context("trying the command line")?;
+    let found = refuse(&mut qmp, settings);
+    let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE);
+    process.kill()?;
+    found?;
+    blocks?;
+    println!("# nothing in this VM stands in the way");
     Ok(Exit::Clean)
 }
 
@@ -275,10 +284,11 @@ fn is_running(qmp: &mut Qmp) -> anyhow::Result<bool> {
     match status["status"].as_str() {
         Some("running") => Ok(true),
         Some("paused" | "prelaunch" | "debug" | "suspended") => Ok(false),
-        other => bail!(
-            "the guest is {}: only a running or paused one can be protected",
-            other.unwrap_or("in an unknown state")
-        ),
+        other => {
+            let state = other.unwrap_or("in an unknown state");
+            let text = format!("the guest is {state}: only a running or paused one can be protected");
+            Err(exit::Refusal(text).into())
+        }
     }
 }
 
