@@ -29,6 +29,13 @@ pub trait Tracker: Send + std::fmt::Debug {
 
     /// Adds what was written since it was armed to `into`, and arms exactly that again.
     ///
+    /// While the guest runs, that is not the last word on a page. The kernel counts a transfer
+    /// past the page cache (a disk with `cache=none`) as a write when it pins the page, not when
+    /// the data comes: a page that is armed and copied in between has old bytes in the copy and
+    /// isn't reported again (seen on Linux 6.18 with O_DIRECT reads). QEMU's `stop` waits for such
+    /// transfers. So every page that was collected from a running guest has to be copied once
+    /// more after it was stopped.
+    ///
     /// # Errors
     /// The kernel refuses, or QEMU is gone. Pages may have been armed that are not in `into`:
     /// the caller must take all of RAM for dirty.

@@ -1,6 +1,7 @@
 //! The bridge against real QEMUs.
 
 mod blocks;
+mod costs;
 mod guardian;
 mod guests;
 mod inject;
