@@ -19,7 +19,10 @@ impl Guard {
     /// It doesn't start.
     pub(crate) fn start(qemu: BorrowedFd<'_>) -> anyhow::Result<Guard> {
         let qemu = qemu.try_clone_to_owned().context("copying QEMU's pidfd")?;
-        Ok(Guard { guardian: spawn(&qemu)?, qemu })
+        Ok(Guard {
+            guardian: spawn(&qemu)?,
+            qemu,
+        })
     }
 
     /// # Errors
@@ -35,6 +38,10 @@ impl Guard {
 }
 
 fn spawn(qemu: &OwnedFd) -> anyhow::Result<Guardian> {
-    Guardian::spawn(Path::new("/proc/self/exe"), &[guardian::ARGUMENT], qemu.as_fd())
-        .context("starting the guardian")
+    Guardian::spawn(
+        Path::new("/proc/self/exe"),
+        &[guardian::ARGUMENT],
+        qemu.as_fd(),
+    )
+    .context("starting the guardian")
 }

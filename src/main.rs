@@ -32,7 +32,10 @@ use screen::Screen;
 const LOG_VARIABLE: &str = "CURLING_LOG";
 
 fn main() -> ExitCode {
-    if std::env::args_os().nth(1).is_some_and(|first| first == guardian::ARGUMENT) {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|first| first == guardian::ARGUMENT)
+    {
         guardian::main();
     }
     let Cli { command, daemon } = Cli::parse();

@@ -63,7 +63,14 @@ impl Nursery {
         let program = argv.first().context("the command line of QEMU is empty")?;
         let version = QemuVersion::probe(program)?;
         let runtime_dir = make_runtime_dir()?;
-        Ok(Nursery { argv, version, runtime_dir, main_ram: None, made: 0, keep_sockets: false })
+        Ok(Nursery {
+            argv,
+            version,
+            runtime_dir,
+            main_ram: None,
+            made: 0,
+            keep_sockets: false,
+        })
     }
 
     /// For a standby that somebody else has started: its own command line is the recipe.
@@ -73,9 +80,12 @@ impl Nursery {
     pub(crate) fn of_process(pid: i32, blocks: &[RamBlock]) -> anyhow::Result<Nursery> {
         let line = fs::read(format!("/proc/{pid}/cmdline"))
             .with_context(|| format!("reading the command line of process {pid}"))?;
-        let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
-        let mut argv: Vec<String> =
-            words.map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+        let words = line
+            .split(|byte| *byte == 0)
+            .filter(|word| !word.is_empty());
+        let mut argv: Vec<String> = words
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .collect();
         let program = fs::read_link(format!("/proc/{pid}/exe"))
             .with_context(|| format!("finding the program of process {pid}"))?;
         if let Some(first) = argv.first_mut() {
@@ -121,7 +131,10 @@ impl Nursery {
     /// # Errors
     /// The main RAM is not in shared memory.
     pub(crate) fn keep_main_ram(&mut self, blocks: &[RamBlock]) -> anyhow::Result<()> {
-        let main = blocks.iter().find(|b| b.name == MAIN_RAM).context("no main RAM was found")?;
+        let main = blocks
+            .iter()
+            .find(|b| b.name == MAIN_RAM)
+            .context("no main RAM was found")?;
         match &main.backing {
             Backing::Shared { fd, .. } => {
                 self.main_ram = Some(fd.try_clone().context("copying the RAM's descriptor")?);
@@ -170,7 +183,10 @@ impl Nursery {
 
     /// A throw-away standby on a private copy of the RAM, with no way out to the host.
     fn rehearsal(&mut self) -> anyhow::Result<(Standby, Vec<RamBlock>)> {
-        let ram = self.main_ram.as_ref().context("there is no RAM to rehearse on")?;
+        let ram = self
+            .main_ram
+            .as_ref()
+            .context("there is no RAM to rehearse on")?;
         let ram = ram.try_clone().context("copying the RAM's descriptor")?;
         let all = std::mem::take(&mut self.argv);
         let cut_off = qemu_bridge::spawn::cut_off(&all);
@@ -194,13 +210,13 @@ impl Drop for Nursery {
     }
 }
 
-fn start(
-    prepared: &Prepared,
-    output: GuestOutput,
-    dies_with_thread: bool,
-) -> anyhow::Result<Born> {
+fn start(prepared: &Prepared, output: GuestOutput, dies_with_thread: bool) -> anyhow::Result<Born> {
     let inherited: Vec<_> = prepared.ram.iter().map(AsFd::as_fd).collect();
-    let options = SpawnOptions { inherited: &inherited, output, dies_with_thread };
+    let options = SpawnOptions {
+        inherited: &inherited,
+        output,
+        dies_with_thread,
+    };
     let mut process = QemuProcess::spawn(&prepared.argv, &options)?;
     match process.connect_qmp(&prepared.qmp_socket, START_PATIENCE) {
         Ok(qmp) => Ok(Born { process, qmp }),
@@ -229,10 +245,14 @@ fn make_runtime_dir() -> anyhow::Result<PathBuf> {
 /// Folders of daemons that were killed. One whose QEMU still answers stays: it is the only way to
 /// attach to that guest again.
 fn remove_stale_dirs(base: &Path) {
-    let Ok(entries) = fs::read_dir(base) else { return };
+    let Ok(entries) = fs::read_dir(base) else {
+        return;
+    };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(pid) = name.strip_prefix("curling-rdma-").and_then(|n| n.parse::<u32>().ok())
+        let Some(pid) = name
+            .strip_prefix("curling-rdma-")
+            .and_then(|n| n.parse::<u32>().ok())
         else {
             continue;
         };

@@ -53,7 +53,13 @@ impl Subject {
         let watch = ShapeWatch::begin(&mut qmp, ANSWER_PATIENCE)?;
         let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
         let shape = query_shape(&mut qmp, &blocks, ANSWER_PATIENCE)?;
-        Ok(Subject { process, qmp, blocks, shape, watch })
+        Ok(Subject {
+            process,
+            qmp,
+            blocks,
+            shape,
+            watch,
+        })
     }
 }
 
@@ -62,7 +68,9 @@ impl Subject {
 /// # Errors
 /// What is missing, and what to do: QEMU, a privilege, a device that can't be protected.
 pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
-    let Mode::Primary { peer } = settings.mode else { bail!("not a primary's settings") };
+    let Mode::Primary { peer } = settings.mode else {
+        bail!("not a primary's settings")
+    };
     let signals = Signals::block()?;
     let store = StateStore::open(&settings.state_dir, &settings.vm_id, "primary")?;
     let (nursery, born) = match &settings.source {
@@ -77,7 +85,13 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
             (Some(nursery), born)
         }
     };
-    let Subject { process, mut qmp, blocks, shape, watch } = Subject::look(born.process, born.qmp)?;
+    let Subject {
+        process,
+        mut qmp,
+        blocks,
+        shape,
+        watch,
+    } = Subject::look(born.process, born.qmp)?;
     refuse(&mut qmp, settings)?;
     let hello = check_hello(&settings.vm_id, &shape, settings)?;
 
@@ -87,8 +101,11 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     tracing::info!("{said}");
     let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
     // A guest that powers off must not take QEMU with it before the backup knows.
-    qmp.call(Command::new("set-action").arg("shutdown", "pause"), ANSWER_PATIENCE)
-        .context("telling QEMU to stay when the guest powers off")?;
+    qmp.call(
+        Command::new("set-action").arg("shutdown", "pause"),
+        ANSWER_PATIENCE,
+    )
+    .context("telling QEMU to stay when the guest powers off")?;
 
     let mut events = Events::open(settings.events.as_deref(), "primary")?;
     events.attached(&Attached {
@@ -102,7 +119,11 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     let arena = arena_for(&shape);
     let guard = Guard::start(process.pidfd())?;
     let control = ControlServer::bind(&settings.control)?;
-    let device_state = sink.memory().try_clone_to_owned().context("copying a descriptor")?.into();
+    let device_state = sink
+        .memory()
+        .try_clone_to_owned()
+        .context("copying a descriptor")?
+        .into();
     let session = Session(random_number()?);
     let term = store.load().term;
     let vm = vm_tag(&settings.vm_id);
@@ -124,7 +145,12 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     let machine = Primary::new(config, PrimaryVm { shape, running }, clock::now());
     primary::run(primary::Parts {
         machine,
-        frame: Frame { vm, session, term, epoch: Epoch::NONE },
+        frame: Frame {
+            vm,
+            session,
+            term,
+            epoch: Epoch::NONE,
+        },
         qemu: Qemu::new(qmp, process, sink, watch),
         worker,
         peer,
@@ -143,7 +169,9 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
 /// # Errors
 /// As [`run_primary`].
 pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
-    let Mode::Backup { listen } = settings.mode else { bail!("not a backup's settings") };
+    let Mode::Backup { listen } = settings.mode else {
+        bail!("not a backup's settings")
+    };
     let signals = Signals::block()?;
     let store = StateStore::open(&settings.state_dir, &settings.vm_id, "backup")?;
     let listener = TcpListener::bind(listen, &TcpConfig::default())
@@ -162,7 +190,13 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     };
     prepare_standby(&mut born.qmp, ANSWER_PATIENCE)?;
     let subject = Subject::look(born.process, born.qmp)?;
-    let Subject { process, qmp, blocks, shape, .. } = subject;
+    let Subject {
+        process,
+        qmp,
+        blocks,
+        shape,
+        ..
+    } = subject;
     let nursery = match nursery.take() {
         Some(mut nursery) => {
             nursery.keep_main_ram(&blocks)?;
@@ -213,7 +247,9 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
 
 /// Everything in the running VM that can't be protected, by name.
 fn refuse(qmp: &mut Qmp, settings: &Settings) -> anyhow::Result<()> {
-    let allowed = Allowances { unreplicated_disks: settings.allow_unreplicated_disks };
+    let allowed = Allowances {
+        unreplicated_disks: settings.allow_unreplicated_disks,
+    };
     refuse_all(&refusals(qmp, allowed, ANSWER_PATIENCE)?)
 }
 
@@ -273,7 +309,10 @@ fn prove_tracker(
     collected?;
     // The STOP and RESUME of this were our own.
     qmp.progress(&mut |_| {})?;
-    let said = format!("{said}; a scan of this RAM takes {:.2} ms", scan.as_secs_f64() * 1e3);
+    let said = format!(
+        "{said}; a scan of this RAM takes {:.2} ms",
+        scan.as_secs_f64() * 1e3
+    );
     // The save takes QEMU about a millisecond, and the scan overlaps it.
     let expected = scan.max(Duration::from_millis(1)) + Duration::from_millis(1);
     Ok((tracker, said, expected))
@@ -286,7 +325,8 @@ fn is_running(qmp: &mut Qmp) -> anyhow::Result<bool> {
         Some("paused" | "prelaunch" | "debug" | "suspended") => Ok(false),
         other => {
             let state = other.unwrap_or("in an unknown state");
-            let text = format!("the guest is {state}: only a running or paused one can be protected");
+            let text =
+                format!("the guest is {state}: only a running or paused one can be protected");
             Err(exit::Refusal(text).into())
         }
     }

@@ -28,8 +28,8 @@ use crate::control::{ControlServer, Request};
 use crate::events::Events;
 use crate::exit::Exit;
 use crate::guard::Guard;
-use crate::signals::Signals;
 use crate::nursery::{Newborn, Wish};
+use crate::signals::Signals;
 use crate::state_store::{self, StateStore};
 
 /// Chunks that stay mapped for the next epoch; the rest goes back to the kernel.
@@ -112,7 +112,11 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         End::PoweredOff => (Exit::Clean, "the guest has powered off".to_owned()),
         End::Failed(text) | End::NothingToActivate(text) => (Exit::Lost, text),
     };
-    let Parts { mut standby, mut events, .. } = parts;
+    let Parts {
+        mut standby,
+        mut events,
+        ..
+    } = parts;
     standby.end();
     events.ended(&how, exit as u8);
     Ok(exit)
@@ -168,12 +172,22 @@ impl Driver {
     }
 
     fn on_time(&mut self, now: Micros) {
-        if self.parts.machine.poll_timeout().is_some_and(|at| at <= now) {
+        if self
+            .parts
+            .machine
+            .poll_timeout()
+            .is_some_and(|at| at <= now)
+        {
             self.parts.machine.handle_timeout(now);
         }
         self.parts.standby.on_time(now);
         self.parts.events.on_time(now);
-        if self.parts.listener.next_deadline().is_some_and(|at| clock::from_instant(at) <= now) {
+        if self
+            .parts
+            .listener
+            .next_deadline()
+            .is_some_and(|at| clock::from_instant(at) <= now)
+        {
             self.on_listener();
         }
         let result = self.rehearsal.as_ref().and_then(|r| r.on_time(now));
@@ -212,7 +226,9 @@ impl Driver {
                 tracing::info!("{signal}: powering the guest down");
                 self.parts.standby.power_down();
             }
-            State::Activating => tracing::info!("{signal}: the guest is being activated; again, please"),
+            State::Activating => {
+                tracing::info!("{signal}: the guest is being activated; again, please")
+            }
             _ => {
                 tracing::info!("{signal}: standing down");
                 self.input(Input::Command(Command::StandDown));
@@ -223,20 +239,34 @@ impl Driver {
     fn on_listener(&mut self) {
         let mut links = Vec::new();
         let events = &mut self.parts.events;
-        let result = self.parts.listener.progress(&mut |incoming| match incoming {
-            Incoming::Link(link) => links.push(link),
-            Incoming::Refused { peer, reason } => {
-                events.backup(&Report::Refused { text: format!("connection from {peer}: {reason}") });
-            }
-        });
+        let result = self
+            .parts
+            .listener
+            .progress(&mut |incoming| match incoming {
+                Incoming::Link(link) => links.push(link),
+                Incoming::Refused { peer, reason } => {
+                    events.backup(&Report::Refused {
+                        text: format!("connection from {peer}: {reason}"),
+                    });
+                }
+            });
         if let Err(error) = result {
             self.parts.events.error(&format!("listening: {error}"));
         }
         for link in links {
             let id = LinkId(self.next_link);
             self.next_link += 1;
-            let proof = link.proof_fd().map(ProofLane::new).transpose().ok().flatten();
-            let connection = Connection { link: Box::new(link), proof, broken: false };
+            let proof = link
+                .proof_fd()
+                .map(ProofLane::new)
+                .transpose()
+                .ok()
+                .flatten();
+            let connection = Connection {
+                link: Box::new(link),
+                proof,
+                broken: false,
+            };
             self.links.insert(id, connection);
             self.input(Input::LinkUp(id));
             self.drain();
@@ -244,8 +274,16 @@ impl Driver {
     }
 
     fn on_link(&mut self, id: LinkId) {
-        let Some(connection) = self.links.get_mut(&id) else { return };
-        let Driver { parts, chunks, next_chunk, current, .. } = self;
+        let Some(connection) = self.links.get_mut(&id) else {
+            return;
+        };
+        let Driver {
+            parts,
+            chunks,
+            next_chunk,
+            current,
+            ..
+        } = self;
         let machine = &mut parts.machine;
         let is_current = *current == Some(id);
         let mut lost = None;
@@ -290,8 +328,13 @@ impl Driver {
     }
 
     fn on_proof(&mut self, id: LinkId) {
-        let Some(connection) = self.links.get_mut(&id) else { return };
-        let proof = connection.proof.as_ref().map_or(Proof::Silent, ProofLane::read);
+        let Some(connection) = self.links.get_mut(&id) else {
+            return;
+        };
+        let proof = connection
+            .proof
+            .as_ref()
+            .map_or(Proof::Silent, ProofLane::read);
         if proof == Proof::Silent {
             return;
         }
@@ -320,7 +363,11 @@ impl Driver {
             let input = match done {
                 Done::Checked { id, result } => Input::Checked { chunk: id, result },
                 Done::SyncApplied(id) => Input::SyncApplied(id),
-                Done::Applied { epoch, audit, device_state } => {
+                Done::Applied {
+                    epoch,
+                    audit,
+                    device_state,
+                } => {
                     self.device_state = device_state;
                     self.parts.arena.shrink(KEEP_FREE_CHUNKS);
                     Input::Applied { epoch, audit }
@@ -402,18 +449,27 @@ impl Driver {
                 // arrived can't be written any more.
                 self.input(Input::Revoked(slot));
             }
-            Action::Check { chunk, frame } => self.with_chunk(chunk, |id, chunk| Job::Check {
-                id,
-                chunk,
-                frame,
-            }),
+            Action::Check { chunk, frame } => {
+                self.with_chunk(chunk, |id, chunk| Job::Check { id, chunk, frame })
+            }
             Action::ApplySync(chunk) => {
                 self.with_chunk(chunk, |id, chunk| Job::ApplySync { id, chunk });
                 self.chunks.remove(&chunk);
             }
-            Action::Apply { epoch, chunks, audit } => {
-                let chunks = chunks.iter().filter_map(|id| self.chunks.remove(id)).collect();
-                self.parts.worker.submit(Job::Apply { epoch, chunks, audit });
+            Action::Apply {
+                epoch,
+                chunks,
+                audit,
+            } => {
+                let chunks = chunks
+                    .iter()
+                    .filter_map(|id| self.chunks.remove(id))
+                    .collect();
+                self.parts.worker.submit(Job::Apply {
+                    epoch,
+                    chunks,
+                    audit,
+                });
             }
             Action::Free(chunks) => {
                 for chunk in chunks {
@@ -421,7 +477,11 @@ impl Driver {
                 }
             }
             Action::StoreTerm { term, activated } => {
-                let state = state_store::State { term, protected: false, activated };
+                let state = state_store::State {
+                    term,
+                    protected: false,
+                    activated,
+                };
                 if let Err(error) = self.parts.store.store(state) {
                     self.parts.events.error(&format!("{error:#}"));
                 }
@@ -455,7 +515,9 @@ impl Driver {
     }
 
     fn send(&mut self, id: LinkId, message: &[u8]) {
-        let Some(connection) = self.links.get_mut(&id).filter(|c| !c.broken) else { return };
+        let Some(connection) = self.links.get_mut(&id).filter(|c| !c.broken) else {
+            return;
+        };
         if let Err(error) = connection.link.send(message) {
             let text = error.to_string();
             self.break_link(id, text);
@@ -463,10 +525,14 @@ impl Driver {
     }
 
     fn grant(&mut self, slot: SlotId, count: u32) {
-        let Some(connection) = self.current.and_then(|id| self.links.get_mut(&id)) else { return };
+        let Some(connection) = self.current.and_then(|id| self.links.get_mut(&id)) else {
+            return;
+        };
         let mut grants = Vec::new();
         for _ in 0..count {
-            let Some(chunk) = self.parts.arena.alloc() else { break };
+            let Some(chunk) = self.parts.arena.alloc() else {
+                break;
+            };
             match connection.link.grant(chunk, slot.0) {
                 Ok(grant) => grants.push(GrantToken(grant.0)),
                 Err(error) => {
@@ -485,9 +551,14 @@ impl Driver {
     }
 
     fn activate(&mut self) {
-        let activated = self.parts.standby.activate(&self.device_state, self.run_state);
+        let activated = self
+            .parts
+            .standby
+            .activate(&self.device_state, self.run_state);
         if let Err(error) = activated {
-            self.input(Input::ActivationFailed { text: format!("{error:#}") });
+            self.input(Input::ActivationFailed {
+                text: format!("{error:#}"),
+            });
         }
     }
 
@@ -496,7 +567,10 @@ impl Driver {
         while let Some(born) = self.parts.nursery.take() {
             match born {
                 Newborn::Standby(Ok((standby, blocks))) => {
-                    self.parts.worker.submit(Job::Adopt { pid: standby.pid(), blocks });
+                    self.parts.worker.submit(Job::Adopt {
+                        pid: standby.pid(),
+                        blocks,
+                    });
                     self.parts.standby = standby;
                 }
                 Newborn::Standby(Err(text)) => self.input(Input::ActivationFailed { text }),
@@ -504,8 +578,10 @@ impl Driver {
                     self.rehearsal = Some(Rehearsal::new(qemu, blocks));
                     self.input(Input::RehearsalReady);
                     // A failover may have come in between.
-                    if matches!(self.parts.machine.status().state, State::Activating | State::Active)
-                        && let Some(rehearsal) = self.rehearsal.take()
+                    if matches!(
+                        self.parts.machine.status().state,
+                        State::Activating | State::Active
+                    ) && let Some(rehearsal) = self.rehearsal.take()
                     {
                         rehearsal.end();
                     }
@@ -517,15 +593,22 @@ impl Driver {
     }
 
     fn rehearse(&mut self, run_state: RunState) {
-        let Some(rehearsal) = &mut self.rehearsal else { return };
+        let Some(rehearsal) = &mut self.rehearsal else {
+            return;
+        };
         rehearsal.expect(run_state);
         if let Some(blocks) = rehearsal.blocks.take() {
-            self.parts.worker.submit(Job::Poke { pid: rehearsal.pid(), blocks });
+            self.parts.worker.submit(Job::Poke {
+                pid: rehearsal.pid(),
+                blocks,
+            });
         }
     }
 
     fn load_rehearsal(&mut self, poked: Result<(), String>) {
-        let Some(rehearsal) = &mut self.rehearsal else { return };
+        let Some(rehearsal) = &mut self.rehearsal else {
+            return;
+        };
         let result = poked.and_then(|()| rehearsal.load(&self.device_state));
         if result.is_err() {
             self.end_rehearsal(Some(result));
@@ -538,7 +621,9 @@ impl Driver {
             rehearsal.end();
         }
         let ok = result.is_ok();
-        let text = result.err().unwrap_or_else(|| "the standby loads and runs".to_owned());
+        let text = result
+            .err()
+            .unwrap_or_else(|| "the standby loads and runs".to_owned());
         self.input(Input::Rehearsed { ok, text });
     }
 }

@@ -16,7 +16,10 @@ pub(crate) struct Poller<'a, T> {
 
 impl<'a, T: Copy> Poller<'a, T> {
     pub(crate) fn new() -> Poller<'a, T> {
-        Poller { descriptors: Vec::new(), names: Vec::new() }
+        Poller {
+            descriptors: Vec::new(),
+            names: Vec::new(),
+        }
     }
 
     pub(crate) fn watch(&mut self, name: T, fd: BorrowedFd<'a>) {
@@ -30,13 +33,20 @@ impl<'a, T: Copy> Poller<'a, T> {
 
     /// The names of what is ready; empty when the time is up or a signal came in between.
     pub(crate) fn wait(mut self, patience: Duration) -> nix::Result<Vec<T>> {
-        match ppoll(&mut self.descriptors, Some(TimeSpec::from_duration(patience)), None) {
+        match ppoll(
+            &mut self.descriptors,
+            Some(TimeSpec::from_duration(patience)),
+            None,
+        ) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Vec::new()),
             Err(error) => return Err(error),
         }
         let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
         let both = self.descriptors.iter().zip(self.names);
-        Ok(both.filter(|(fd, _)| ready(fd)).map(|(_, name)| name).collect())
+        Ok(both
+            .filter(|(fd, _)| ready(fd))
+            .map(|(_, name)| name)
+            .collect())
     }
 }

@@ -9,9 +9,7 @@ use std::net::SocketAddr;
 
 use anyhow::Context;
 use ft_core::Micros;
-use ft_core::primary::{
-    Action, Command, End, GateState, Input, LinkDown, Primary, Report,
-};
+use ft_core::primary::{Action, Command, End, GateState, Input, LinkDown, Primary, Report};
 use ft_core::wire::Frame;
 use nix::poll::PollFlags;
 use transport::tcp::{PairingId, TcpConfig, TcpConnector};
@@ -23,6 +21,7 @@ pub(crate) use self::work::{Done, Job, PrimaryWorker};
 use super::clock;
 use super::poller::Poller;
 use super::proof::{Proof, ProofLane};
+use super::report;
 use super::worker::Worker;
 use crate::control::{ControlServer, Request};
 use crate::events::Events;
@@ -31,7 +30,6 @@ use crate::guard::Guard;
 use crate::nursery::Nursery;
 use crate::signals::Signals;
 use crate::state_store::{State, StateStore};
-use super::report;
 
 /// Everything that the loop waits for.
 #[derive(Clone, Copy, Debug)]
@@ -84,7 +82,14 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         driver.turn()?;
     }
     let Driver { parts, end, .. } = driver;
-    let Parts { qemu, worker, mut guard, mut events, nursery, .. } = parts;
+    let Parts {
+        qemu,
+        worker,
+        mut guard,
+        mut events,
+        nursery,
+        ..
+    } = parts;
     let end = end.context("the loop ended without an end")?;
     let (exit, how, guest_stays) = outcome(&end);
     if guest_stays {
@@ -102,18 +107,28 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
 /// Exit code, a sentence, and whether the guest runs on here.
 fn outcome(end: &End) -> (Exit, String, bool) {
     match end {
-        End::Detached => (Exit::Clean, "detached: the guest runs on, unprotected".into(), true),
+        End::Detached => (
+            Exit::Clean,
+            "detached: the guest runs on, unprotected".into(),
+            true,
+        ),
         End::PoweredOff => (Exit::Clean, "the guest has powered off".into(), false),
-        End::SwitchedOver { term } => {
-            (Exit::Clean, format!("switched over: the backup runs the guest (term {term})"), false)
-        }
-        End::FailedOver { term } => {
-            (Exit::FailedOver, format!("the backup runs the guest now (term {term})"), false)
-        }
+        End::SwitchedOver { term } => (
+            Exit::Clean,
+            format!("switched over: the backup runs the guest (term {term})"),
+            false,
+        ),
+        End::FailedOver { term } => (
+            Exit::FailedOver,
+            format!("the backup runs the guest now (term {term})"),
+            false,
+        ),
         End::Lost(text) => (Exit::Lost, text.clone(), true),
-        End::Refused { text, .. } => {
-            (Exit::Refused, format!("the backup refused: {text}; the guest runs on"), true)
-        }
+        End::Refused { text, .. } => (
+            Exit::Refused,
+            format!("the backup refused: {text}; the guest runs on"),
+            true,
+        ),
     }
 }
 
@@ -165,12 +180,21 @@ impl Driver {
             self.on_ready(source)?;
         }
         let now = clock::now();
-        if self.parts.machine.poll_timeout().is_some_and(|at| at <= now) {
+        if self
+            .parts
+            .machine
+            .poll_timeout()
+            .is_some_and(|at| at <= now)
+        {
             self.parts.machine.handle_timeout(now);
         }
         self.parts.qemu.on_time(now);
         self.parts.events.on_time(now);
-        if self.connector.as_ref().is_some_and(|c| clock::from_instant(c.next_deadline()) <= now) {
+        if self
+            .connector
+            .as_ref()
+            .is_some_and(|c| clock::from_instant(c.next_deadline()) <= now)
+        {
             self.on_connector();
         }
         self.drain()
@@ -181,7 +205,9 @@ impl Driver {
             self.parts.machine.poll_timeout(),
             self.parts.qemu.next_timeout(),
             self.parts.events.next_timeout(),
-            self.connector.as_ref().map(|c| clock::from_instant(c.next_deadline())),
+            self.connector
+                .as_ref()
+                .map(|c| clock::from_instant(c.next_deadline())),
         ]
         .into_iter()
         .flatten()
@@ -211,7 +237,9 @@ impl Driver {
     }
 
     fn on_connector(&mut self) {
-        let Some(connector) = &mut self.connector else { return };
+        let Some(connector) = &mut self.connector else {
+            return;
+        };
         match connector.progress() {
             Ok(None) => {}
             Ok(Some(link)) => {
@@ -238,7 +266,9 @@ impl Driver {
     }
 
     fn on_proof_held(&mut self, result: Result<(), String>) {
-        let Some(link) = self.arriving.take() else { return };
+        let Some(link) = self.arriving.take() else {
+            return;
+        };
         match result {
             Ok(()) => {
                 self.link = Some(link);
@@ -390,17 +420,37 @@ impl Driver {
 
             Action::ArmAll => self.work(Job::ArmAll),
             Action::StartRound { all } => self.work(Job::StartRound { all }),
-            Action::FillRound { first_index, chunks } => {
-                let frame = Frame { term: self.term(), ..self.parts.frame };
-                self.work(Job::FillRound { frame, first_index, chunks });
+            Action::FillRound {
+                first_index,
+                chunks,
+            } => {
+                let frame = Frame {
+                    term: self.term(),
+                    ..self.parts.frame
+                };
+                self.work(Job::FillRound {
+                    frame,
+                    first_index,
+                    chunks,
+                });
             }
             Action::Harvest { epoch, kind, audit } => {
-                let frame = Frame { epoch, term: self.term(), ..self.parts.frame };
+                let frame = Frame {
+                    epoch,
+                    term: self.term(),
+                    ..self.parts.frame
+                };
                 self.work(Job::Harvest { frame, kind, audit });
             }
-            Action::Seal { base, run_state, .. } => {
+            Action::Seal {
+                base, run_state, ..
+            } => {
                 let device_bytes = self.parts.qemu.saved_bytes();
-                self.work(Job::Seal { base, run_state, device_bytes });
+                self.work(Job::Seal {
+                    base,
+                    run_state,
+                    device_bytes,
+                });
             }
             Action::DropDirt => {
                 self.chunks.clear();
@@ -413,7 +463,11 @@ impl Driver {
 
             Action::Guardian { armed } => self.guardian(armed),
             Action::StoreTerm { term, protected } => {
-                let state = State { term, protected, activated: false };
+                let state = State {
+                    term,
+                    protected,
+                    activated: false,
+                };
                 if let Err(error) = self.parts.store.store(state) {
                     self.parts.events.error(&format!("{error:#}"));
                 }
@@ -501,5 +555,9 @@ fn describe(kind: &LossKind) -> String {
 }
 
 fn qmp_flags(qemu: &Qemu) -> PollFlags {
-    if qemu.wants_write() { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN }
+    if qemu.wants_write() {
+        PollFlags::POLLIN | PollFlags::POLLOUT
+    } else {
+        PollFlags::POLLIN
+    }
 }

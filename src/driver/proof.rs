@@ -27,7 +27,9 @@ pub(crate) struct ProofLane {
 
 impl ProofLane {
     pub(crate) fn new(lane: BorrowedFd<'_>) -> std::io::Result<ProofLane> {
-        Ok(ProofLane { fd: lane.try_clone_to_owned()? })
+        Ok(ProofLane {
+            fd: lane.try_clone_to_owned()?,
+        })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {

@@ -39,12 +39,21 @@ impl<J: Send + 'static, R: Send + 'static> Worker<J, R> {
         let (their_results, results) = sync_channel(QUEUE_MAX);
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let ready = Arc::new(EventFd::from_flags(flags).context("making an eventfd")?);
-        let desk = Desk { jobs: their_jobs, results: their_results, ready: Arc::clone(&ready) };
+        let desk = Desk {
+            jobs: their_jobs,
+            results: their_results,
+            ready: Arc::clone(&ready),
+        };
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || work(desk))
             .context("starting the worker thread")?;
-        Ok(Worker { jobs: Some(jobs), results, ready, thread: Some(thread) })
+        Ok(Worker {
+            jobs: Some(jobs),
+            results,
+            ready,
+            thread: Some(thread),
+        })
     }
 
     pub(crate) fn submit(&self, job: J) {

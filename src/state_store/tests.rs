@@ -28,11 +28,19 @@ impl Drop for Scratch {
 }
 
 fn term(term: u64) -> State {
-    State { term: Term(term), protected: term % 2 == 1, activated: term % 3 == 1 }
+    State {
+        term: Term(term),
+        protected: term % 2 == 1,
+        activated: term % 3 == 1,
+    }
 }
 
 fn flip(path: &Path, at: u64) {
-    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
     file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
@@ -49,7 +57,10 @@ fn what_is_stored_is_there_after_a_restart() {
         drop(store);
         assert_eq!(scratch.open().unwrap().load(), term(number));
     }
-    let files: Vec<_> = fs::read_dir(&scratch.0).unwrap().map(|e| e.unwrap().path()).collect();
+    let files: Vec<_> = fs::read_dir(&scratch.0)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
     assert_eq!(files, [scratch.file()], "no draft is left behind");
 }
 
@@ -60,7 +71,10 @@ fn the_two_sides_and_other_vms_have_files_of_their_own() {
     primary.store(term(5)).unwrap();
     let backup = StateStore::open(&scratch.0, "web", "backup").unwrap();
     let other = StateStore::open(&scratch.0, "db", "primary").unwrap();
-    assert_eq!((backup.load(), other.load()), (State::default(), State::default()));
+    assert_eq!(
+        (backup.load(), other.load()),
+        (State::default(), State::default())
+    );
 }
 
 #[test]
@@ -68,7 +82,10 @@ fn two_daemons_can_not_share_a_file() {
     let scratch = Scratch::new("shared");
     let first = scratch.open().unwrap();
     let error = scratch.open().unwrap_err().to_string();
-    assert!(error.contains("another primary daemon of the VM web"), "{error}");
+    assert!(
+        error.contains("another primary daemon of the VM web"),
+        "{error}"
+    );
     assert!(error.contains("--vm-id"), "{error}");
     drop(first);
     scratch.open().unwrap();
@@ -85,14 +102,20 @@ fn a_write_that_is_torn_at_any_byte_leaves_the_state_before_it_or_is_whole() {
     let after = fs::read(scratch.file()).unwrap();
     assert_eq!(before.len(), after.len(), "the file never grows");
     drop(store);
-    let offset = (0..before.len()).find(|at| before[*at] != after[*at]).unwrap() as u64;
+    let offset = (0..before.len())
+        .find(|at| before[*at] != after[*at])
+        .unwrap() as u64;
     let start = (offset / RECORD_STRIDE * RECORD_STRIDE) as usize;
     for written in 0..=RECORD_BYTES {
         let mut torn = before.clone();
         torn[start..start + written].copy_from_slice(&after[start..start + written]);
         fs::write(scratch.file(), &torn).unwrap();
         let expected = if torn == after { term(3) } else { term(2) };
-        assert_eq!(scratch.open().unwrap().load(), expected, "{written} bytes written");
+        assert_eq!(
+            scratch.open().unwrap().load(),
+            expected,
+            "{written} bytes written"
+        );
         // And it goes on from there: twice, so that each record was written.
         let mut store = scratch.open().unwrap();
         for number in [8, 9] {
@@ -108,12 +131,23 @@ fn no_flipped_bit_goes_unnoticed() {
     for at in 0..RECORD_BYTES as u64 {
         let scratch = Scratch::new(&format!("bits{at}"));
         scratch.open().unwrap().store(term(1)).unwrap();
-        let newest = Record { serial: 2, state: term(1) }.offset();
+        let newest = Record {
+            serial: 2,
+            state: term(1),
+        }
+        .offset();
         flip(&scratch.file(), newest + at);
-        assert_eq!(scratch.open().unwrap().load(), State::default(), "byte {at}");
+        assert_eq!(
+            scratch.open().unwrap().load(),
+            State::default(),
+            "byte {at}"
+        );
         flip(&scratch.file(), (RECORD_STRIDE - newest) + at);
         let error = scratch.open().unwrap_err().to_string();
-        assert!(error.contains("is damaged") && error.contains("then remove the file"), "{error}");
+        assert!(
+            error.contains("is damaged") && error.contains("then remove the file"),
+            "{error}"
+        );
         fs::remove_file(scratch.file()).unwrap();
         scratch.open().unwrap();
     }
@@ -121,7 +155,11 @@ fn no_flipped_bit_goes_unnoticed() {
 
 #[test]
 fn a_file_that_is_something_else_is_refused() {
-    for (name, bytes) in [("empty", vec![]), ("short", vec![7; 31]), ("long", vec![0; 1 << 20])] {
+    for (name, bytes) in [
+        ("empty", vec![]),
+        ("short", vec![7; 31]),
+        ("long", vec![0; 1 << 20]),
+    ] {
         let scratch = Scratch::new(name);
         fs::write(scratch.file(), bytes).unwrap();
         let error = scratch.open().unwrap_err().to_string();
@@ -132,7 +170,10 @@ fn a_file_that_is_something_else_is_refused() {
 #[test]
 fn a_directory_that_can_not_be_made_is_named() {
     let error = StateStore::open(Path::new("/proc/nowhere"), "web", "primary").unwrap_err();
-    assert!(format!("{error:#}").contains("/proc/nowhere (see --state-dir)"), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("/proc/nowhere (see --state-dir)"),
+        "{error:#}"
+    );
 }
 
 /// A file system of 32 KiB.
@@ -142,8 +183,13 @@ impl Tmpfs {
     fn mount() -> Option<Tmpfs> {
         let scratch = Scratch::new("tmpfs");
         let mut mount = Command::new("mount");
-        let mounted = mount.args(["-t", "tmpfs", "-o", "size=32k", "tmpfs"]).arg(&scratch.0);
-        mounted.output().is_ok_and(|output| output.status.success()).then(|| Tmpfs(scratch))
+        let mounted = mount
+            .args(["-t", "tmpfs", "-o", "size=32k", "tmpfs"])
+            .arg(&scratch.0);
+        mounted
+            .output()
+            .is_ok_and(|output| output.status.success())
+            .then(|| Tmpfs(scratch))
     }
 }
 
@@ -168,6 +214,13 @@ fn a_full_disk_fails_nothing() {
     drop(store);
     assert_eq!(tmpfs.0.open().unwrap().load(), term(4));
     let error = StateStore::open(&tmpfs.0.0, "late", "primary").unwrap_err();
-    assert!(format!("{error:#}").contains("making the state file"), "{error:#}");
-    assert_eq!(fs::read_dir(&tmpfs.0.0).unwrap().count(), 2, "no half-made file is left");
+    assert!(
+        format!("{error:#}").contains("making the state file"),
+        "{error:#}"
+    );
+    assert_eq!(
+        fs::read_dir(&tmpfs.0.0).unwrap().count(),
+        2,
+        "no half-made file is left"
+    );
 }

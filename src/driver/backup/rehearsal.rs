@@ -28,7 +28,13 @@ impl Rehearsal {
     pub(super) fn new(qemu: Standby, blocks: Vec<RamBlock>) -> Rehearsal {
         let until = clock::now() + PATIENCE;
         let run_state = RunState::Stopped;
-        Rehearsal { qemu, blocks: Some(blocks), run_state, until, running: false }
+        Rehearsal {
+            qemu,
+            blocks: Some(blocks),
+            run_state,
+            until,
+            running: false,
+        }
     }
 
     pub(super) fn pid(&self) -> i32 {
@@ -44,7 +50,9 @@ impl Rehearsal {
     }
 
     pub(super) fn load(&mut self, state: &[u8]) -> Result<(), String> {
-        self.qemu.activate(state, self.run_state).map_err(|error| format!("{error:#}"))
+        self.qemu
+            .activate(state, self.run_state)
+            .map_err(|error| format!("{error:#}"))
     }
 
     /// How it went, once that is known.

@@ -114,7 +114,9 @@ impl Standby {
     fn on_message(&mut self, message: &Incoming, inputs: &mut Vec<StandbyInput>) {
         match message {
             Incoming::Event { name, .. } if name == "SHUTDOWN" => self.shut_down = true,
-            Incoming::Reply { result: Err(error), .. } if self.activation.is_none() => {
+            Incoming::Reply {
+                result: Err(error), ..
+            } if self.activation.is_none() => {
                 tracing::warn!("the standby refused a command: {error}");
             }
             _ => {}

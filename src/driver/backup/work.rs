@@ -15,20 +15,44 @@ use crate::driver::worker::Desk;
 
 #[derive(Debug)]
 pub(crate) enum Job {
-    Check { id: ChunkId, chunk: Arc<Chunk>, frame: Frame },
-    ApplySync { id: ChunkId, chunk: Arc<Chunk> },
-    Apply { epoch: Epoch, chunks: Vec<Arc<Chunk>>, audit: Option<Vec<u64>> },
+    Check {
+        id: ChunkId,
+        chunk: Arc<Chunk>,
+        frame: Frame,
+    },
+    ApplySync {
+        id: ChunkId,
+        chunk: Arc<Chunk>,
+    },
+    Apply {
+        epoch: Epoch,
+        chunks: Vec<Arc<Chunk>>,
+        audit: Option<Vec<u64>>,
+    },
     /// A fresh standby on the same RAM.
-    Adopt { pid: i32, blocks: Vec<RamBlock> },
+    Adopt {
+        pid: i32,
+        blocks: Vec<RamBlock>,
+    },
     /// Give a rehearsal's QEMU the blocks that it can't map.
-    Poke { pid: i32, blocks: Vec<RamBlock> },
+    Poke {
+        pid: i32,
+        blocks: Vec<RamBlock>,
+    },
 }
 
 #[derive(Debug)]
 pub(crate) enum Done {
-    Checked { id: ChunkId, result: Result<CheckedChunk, String> },
+    Checked {
+        id: ChunkId,
+        result: Result<CheckedChunk, String>,
+    },
     SyncApplied(ChunkId),
-    Applied { epoch: Epoch, audit: Option<Vec<u16>>, device_state: Vec<u8> },
+    Applied {
+        epoch: Epoch,
+        audit: Option<Vec<u16>>,
+        device_state: Vec<u8>,
+    },
     ApplyFailed(String),
     Adopted(Result<(), String>),
     Poked(Result<(), String>),
@@ -56,18 +80,27 @@ impl BackupWorker {
     fn step(&mut self, job: Job) -> Done {
         match job {
             Job::Check { id, chunk, frame } => {
-                let expect = Expect { frame, blocks: &self.pages };
+                let expect = Expect {
+                    frame,
+                    blocks: &self.pages,
+                };
                 let result = check_chunk(chunk.bytes(), &expect).map_err(|e| e.to_string());
                 Done::Checked { id, result }
             }
-            Job::ApplySync { id, chunk } => {
-                match self.ram.apply(chunk.bytes(), &mut Vec::new()) {
-                    Ok(()) => Done::SyncApplied(id),
-                    Err(error) => Done::ApplyFailed(error.to_string()),
-                }
-            }
-            Job::Apply { epoch, chunks, audit } => match self.apply(&chunks, audit.as_deref()) {
-                Ok((device_state, audit)) => Done::Applied { epoch, audit, device_state },
+            Job::ApplySync { id, chunk } => match self.ram.apply(chunk.bytes(), &mut Vec::new()) {
+                Ok(()) => Done::SyncApplied(id),
+                Err(error) => Done::ApplyFailed(error.to_string()),
+            },
+            Job::Apply {
+                epoch,
+                chunks,
+                audit,
+            } => match self.apply(&chunks, audit.as_deref()) {
+                Ok((device_state, audit)) => Done::Applied {
+                    epoch,
+                    audit,
+                    device_state,
+                },
                 Err(error) => Done::ApplyFailed(error.to_string()),
             },
             Job::Adopt { pid, blocks } => {
@@ -88,7 +121,9 @@ impl BackupWorker {
         for chunk in chunks {
             self.ram.apply(chunk.bytes(), &mut device_state)?;
         }
-        let Some(theirs) = audit else { return Ok((device_state, None)) };
+        let Some(theirs) = audit else {
+            return Ok((device_state, None));
+        };
         let ours = hash_blocks(&self.ram)?;
         let mut mismatched: Vec<u16> = (0..)
             .zip(ours.iter().zip(theirs))

@@ -35,12 +35,23 @@ pub(super) fn room_for_end(device_bytes: usize) -> usize {
 impl EpochImage {
     pub(super) fn new(frame: Frame, kind: EpochKind) -> EpochImage {
         let digest = EpochDigest::default();
-        EpochImage { frame, kind, index: 0, data_pages: 0, zero_pages: 0, digest }
+        EpochImage {
+            frame,
+            kind,
+            index: 0,
+            data_pages: 0,
+            zero_pages: 0,
+            digest,
+        }
     }
 
     /// Of the chunk that comes next.
     pub(super) fn head(&self) -> ChunkHead {
-        ChunkHead { frame: self.frame, kind: self.kind, index: self.index }
+        ChunkHead {
+            frame: self.frame,
+            kind: self.kind,
+            index: self.index,
+        }
     }
 
     pub(super) fn chunks(&self) -> usize {
@@ -48,7 +59,12 @@ impl EpochImage {
     }
 
     /// Puts the trailer into the last chunk. There must be room for it.
-    pub(super) fn end(&self, mut builder: ChunkBuilder<'_>, end: &Ending, device_bytes: usize) -> Sealed {
+    pub(super) fn end(
+        &self,
+        mut builder: ChunkBuilder<'_>,
+        end: &Ending,
+        device_bytes: usize,
+    ) -> Sealed {
         let fits = builder.push_trailer(&Trailer {
             chunks: self.index + 1,
             data_pages: self.data_pages + u64::from(builder.data_pages()),
@@ -75,7 +91,11 @@ impl EpochImage {
         self.zero_pages += sealed.zero_pages;
         self.digest.push(sealed.body_crc);
         let chunk = memory.freeze(sealed.used_bytes);
-        desk.report(Done::Chunk { index: self.index, last, chunk });
+        desk.report(Done::Chunk {
+            index: self.index,
+            last,
+            chunk,
+        });
         self.index += 1;
     }
 }

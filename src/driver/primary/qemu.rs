@@ -7,12 +7,12 @@ use std::time::Duration;
 use anyhow::Context;
 use ft_core::Micros;
 use ft_core::primary::{QemuEvent, Step};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use qemu_bridge::device_state::StateSink;
 use qemu_bridge::qmp::{Command, Incoming, Qmp, RequestId};
 use qemu_bridge::shape::{Finding, ShapeWatch};
 use qemu_bridge::spawn::QemuProcess;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::work::{Done, Job};
@@ -157,18 +157,30 @@ impl Qemu {
     /// # Errors
     /// The descriptor can't be sent.
     pub(super) fn hold_proof(&mut self, lane: BorrowedFd<'_>) -> anyhow::Result<()> {
-        let id = self.proofs.hold(&mut self.qmp, lane).context("handing QEMU the proof lane")?;
+        let id = self
+            .proofs
+            .hold(&mut self.qmp, lane)
+            .context("handing QEMU the proof lane")?;
         self.pending.insert(id, Purpose::HoldProof);
         Ok(())
     }
 
     pub(super) fn drop_old_proofs(&mut self) {
         let commands = self.proofs.drop_old();
-        self.batch.extend(commands.into_iter().map(|c| (c, Purpose::Other("closefd"))));
+        self.batch
+            .extend(commands.into_iter().map(|c| (c, Purpose::Other("closefd"))));
     }
 
     pub(super) fn next_timeout(&self) -> Option<Micros> {
-        if self.gone { None } else { Some(self.fence_until.unwrap_or(self.next_watch).min(self.next_watch)) }
+        if self.gone {
+            None
+        } else {
+            Some(
+                self.fence_until
+                    .unwrap_or(self.next_watch)
+                    .min(self.next_watch),
+            )
+        }
     }
 
     pub(super) fn on_time(&mut self, now: Micros) {
@@ -201,7 +213,10 @@ impl Qemu {
         if self.batch.is_empty() || self.gone {
             return;
         }
-        if self.batch.iter().any(|(_, purpose)| *purpose == Purpose::Save)
+        if self
+            .batch
+            .iter()
+            .any(|(_, purpose)| *purpose == Purpose::Save)
             && let Err(error) = self.sink.rewind()
         {
             tracing::error!("rewinding the device state's sink failed: {error}");
@@ -239,7 +254,10 @@ impl Qemu {
                 let said = self.process.stderr_tail();
                 let why = match (alive, result) {
                     (true, Err(error)) => format!("its QMP connection is gone ({error})"),
-                    _ => format!("the process ended{}{said}", if said.is_empty() { "" } else { ": " }),
+                    _ => format!(
+                        "the process ended{}{said}",
+                        if said.is_empty() { "" } else { ": " }
+                    ),
                 };
                 inputs.push(QemuInput::Event(QemuEvent::Gone(why)));
             }
@@ -252,7 +270,9 @@ impl Qemu {
         result: Result<Value, String>,
         inputs: &mut Vec<QemuInput>,
     ) {
-        let Some(purpose) = self.pending.remove(&id) else { return };
+        let Some(purpose) = self.pending.remove(&id) else {
+            return;
+        };
         let step = match purpose {
             Purpose::Pause => Step::Pause,
             Purpose::Save => Step::Save,
@@ -280,9 +300,14 @@ impl Qemu {
             (Ok(_), _) => match self.sink.saved_bytes() {
                 Ok(bytes) => {
                     self.saved_bytes = bytes as u64;
-                    QemuInput::Saved { bytes: bytes as u64 }
+                    QemuInput::Saved {
+                        bytes: bytes as u64,
+                    }
                 }
-                Err(error) => QemuInput::Failed { step: Step::Save, text: error.to_string() },
+                Err(error) => QemuInput::Failed {
+                    step: Step::Save,
+                    text: error.to_string(),
+                },
             },
         };
         inputs.push(input);

@@ -28,11 +28,25 @@ const SPARE_CHUNKS: usize = 4;
 #[derive(Debug)]
 pub(crate) enum Job {
     ArmAll,
-    StartRound { all: bool },
-    FillRound { frame: Frame, first_index: u32, chunks: u32 },
-    Harvest { frame: Frame, kind: EpochKind, audit: bool },
+    StartRound {
+        all: bool,
+    },
+    FillRound {
+        frame: Frame,
+        first_index: u32,
+        chunks: u32,
+    },
+    Harvest {
+        frame: Frame,
+        kind: EpochKind,
+        audit: bool,
+    },
     /// Only right after a harvest.
-    Seal { base: Epoch, run_state: RunState, device_bytes: u64 },
+    Seal {
+        base: Epoch,
+        run_state: RunState,
+        device_bytes: u64,
+    },
     DropDirt,
     MergeDirt,
     /// Take the tracker out of QEMU: the last job.
@@ -42,11 +56,22 @@ pub(crate) enum Job {
 #[derive(Debug)]
 pub(crate) enum Done {
     AllArmed,
-    RoundStarted { pages: u64 },
-    RoundFilled { done: bool },
-    Chunk { index: u32, last: bool, chunk: Chunk },
+    RoundStarted {
+        pages: u64,
+    },
+    RoundFilled {
+        done: bool,
+    },
+    Chunk {
+        index: u32,
+        last: bool,
+        chunk: Chunk,
+    },
     Harvested(Harvest),
-    Failed { step: Step, text: String },
+    Failed {
+        step: Step,
+        text: String,
+    },
     Left,
 }
 
@@ -119,23 +144,33 @@ impl PrimaryWorker {
                 });
             }
             Job::StartRound { all } => desk.report(self.start_round(all)),
-            Job::FillRound { frame, first_index, chunks } => {
+            Job::FillRound {
+                frame,
+                first_index,
+                chunks,
+            } => {
                 let done = self.fill_round(desk, frame, first_index, chunks);
                 desk.report(done);
             }
             Job::DropDirt => {
                 self.inflight.clear();
                 // Outside of the pause: have chunks ready for the next one.
-                self.arena.reserve(self.usual_chunks + self.usual_chunks / 2 + SPARE_CHUNKS);
+                self.arena
+                    .reserve(self.usual_chunks + self.usual_chunks / 2 + SPARE_CHUNKS);
                 self.arena.shrink(2 * self.usual_chunks + SPARE_CHUNKS);
             }
             Job::MergeDirt => {
-                self.pending.merge(&self.inflight).expect("both sets are of the same RAM");
+                self.pending
+                    .merge(&self.inflight)
+                    .expect("both sets are of the same RAM");
                 self.inflight.clear();
             }
             Job::Seal { .. } => {
                 let text = "its harvest had failed".to_owned();
-                desk.report(Done::Failed { step: Step::Seal, text });
+                desk.report(Done::Failed {
+                    step: Step::Seal,
+                    text,
+                });
             }
             Job::Harvest { .. } | Job::Leave => unreachable!("handled by the loop"),
         }
@@ -149,7 +184,9 @@ impl PrimaryWorker {
             return failed(Step::Round, &error);
         }
         self.cursor.load(&self.inflight, all);
-        Done::RoundStarted { pages: self.inflight.count() }
+        Done::RoundStarted {
+            pages: self.inflight.count(),
+        }
     }
 
     fn fill_round(
@@ -164,7 +201,11 @@ impl PrimaryWorker {
                 // All chunks are on the way; the next fill finds some.
                 return Done::RoundFilled { done: false };
             };
-            let head = ChunkHead { frame, kind: EpochKind::SyncRound, index };
+            let head = ChunkHead {
+                frame,
+                kind: EpochKind::SyncRound,
+                index,
+            };
             let mut builder = ChunkBuilder::new(memory.as_mut_slice(), head);
             let progress = match fill(&self.ram, &mut builder, &mut self.cursor) {
                 Ok(progress) => progress,
@@ -173,7 +214,11 @@ impl PrimaryWorker {
             if !builder.is_empty() {
                 let sealed = builder.seal(false);
                 let chunk = memory.freeze(sealed.used_bytes);
-                desk.report(Done::Chunk { index, last: false, chunk });
+                desk.report(Done::Chunk {
+                    index,
+                    last: false,
+                    chunk,
+                });
             }
             if progress == Progress::Done {
                 return Done::RoundFilled { done: true };
@@ -212,19 +257,34 @@ impl PrimaryWorker {
         loop {
             let mut memory = self.alloc().map_err(|text| (Step::Harvest, text))?;
             let mut builder = ChunkBuilder::new(memory.as_mut_slice(), image.head());
-            let progress = fill(&self.ram, &mut builder, &mut self.cursor).map_err(|e| failed(&e))?;
+            let progress =
+                fill(&self.ram, &mut builder, &mut self.cursor).map_err(|e| failed(&e))?;
             if progress == Progress::Full {
                 let sealed = builder.seal(false);
                 image.report(desk, memory, &sealed, false);
                 continue;
             }
-            let audit = audit.then(|| hash_blocks(&self.ram)).transpose().map_err(|e| failed(&e))?;
-            desk.report(Done::Harvested(Harvest { dirty_pages: self.inflight.count() }));
+            let audit = audit
+                .then(|| hash_blocks(&self.ram))
+                .transpose()
+                .map_err(|e| failed(&e))?;
+            desk.report(Done::Harvested(Harvest {
+                dirty_pages: self.inflight.count(),
+            }));
             // The guest runs again from here on; the last chunk has stayed open for the rest.
             let end = match desk.next() {
-                Some(Job::Seal { base, run_state, device_bytes }) => {
-                    self.read_device_state(device_bytes).map_err(|text| (Step::Seal, text))?;
-                    Ending { base, run_state, audit: audit.map(AuditDigest) }
+                Some(Job::Seal {
+                    base,
+                    run_state,
+                    device_bytes,
+                }) => {
+                    self.read_device_state(device_bytes)
+                        .map_err(|text| (Step::Seal, text))?;
+                    Ending {
+                        base,
+                        run_state,
+                        audit: audit.map(AuditDigest),
+                    }
                 }
                 other => return Ok(other), // the boundary was aborted
             };
@@ -235,7 +295,8 @@ impl PrimaryWorker {
             } else {
                 let sealed = builder.seal(false);
                 image.report(desk, memory, &sealed, false);
-                self.end_apart(desk, &mut image, &end).map_err(|text| (Step::Seal, text))?;
+                self.end_apart(desk, &mut image, &end)
+                    .map_err(|text| (Step::Seal, text))?;
             }
             self.usual_chunks = image.chunks();
             return Ok(desk.next());
@@ -287,7 +348,9 @@ impl PrimaryWorker {
     }
 
     fn read_device_state(&mut self, bytes: u64) -> Result<(), String> {
-        let length = usize::try_from(bytes).ok().filter(|n| *n <= DEVICE_STATE_BYTES_MAX);
+        let length = usize::try_from(bytes)
+            .ok()
+            .filter(|n| *n <= DEVICE_STATE_BYTES_MAX);
         let length = length.ok_or_else(|| format!("{bytes} bytes of device state are too many"))?;
         self.device_buffer.resize(length, 0);
         let read = self.device_state.read_exact_at(&mut self.device_buffer, 0);
@@ -296,12 +359,17 @@ impl PrimaryWorker {
     }
 
     fn alloc(&self) -> Result<ChunkMut, String> {
-        self.arena.alloc().ok_or_else(|| "an epoch larger than all of RAM".to_owned())
+        self.arena
+            .alloc()
+            .ok_or_else(|| "an epoch larger than all of RAM".to_owned())
     }
 }
 
 fn failed(step: Step, error: &dyn std::error::Error) -> Done {
-    Done::Failed { step, text: describe(error) }
+    Done::Failed {
+        step,
+        text: describe(error),
+    }
 }
 
 /// An error with its sources, on one line.
