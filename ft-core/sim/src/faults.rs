@@ -410,7 +410,7 @@ impl World {
                 self.checks.replays[self.rng.below(overheard) as usize].clone()
             } else {
                 (0..self.rng.range(0..=200))
-                    .map(|_| self.rng.next() as u8)
+                    .map(|_| self.rng.number() as u8)
                     .collect()
             };
             if !bytes.is_empty() && self.rng.chance(300) {

@@ -10,9 +10,11 @@ pub mod checkers;
 pub mod clock;
 pub mod faults;
 pub mod image;
+pub mod monitor;
 pub mod net;
 pub mod primary_host;
 pub mod rng;
+pub mod standby;
 pub mod table;
 mod trace;
 pub mod tracking;
@@ -45,7 +47,7 @@ pub fn run_seed(seed: u64, epochs: u64, trace: bool) -> Outcome {
     while outcome.epochs + outcome.lives < epochs && outcome.violation.is_none() {
         let quiet = outcome.lives == 0 && rng.chance(30);
         let life_epochs = rng.range(5..=40);
-        let world = World::new(Rng::new(rng.next()), terms, quiet, trace);
+        let world = World::new(Rng::new(rng.number()), terms, quiet, trace);
         let life = world.live(life_epochs);
         outcome.epochs += life.epochs;
         outcome.lives += 1;

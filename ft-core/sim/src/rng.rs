@@ -7,11 +7,11 @@ pub struct Rng(u64);
 impl Rng {
     pub fn new(seed: u64) -> Rng {
         let mut rng = Rng(seed ^ 0x5851_f42d_4c95_7f2d);
-        rng.next(); // neighbouring seeds begin alike otherwise
+        rng.number(); // neighbouring seeds begin alike otherwise
         rng
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -21,7 +21,7 @@ impl Rng {
 
     /// From 0 up to and without `end`, which is not 0.
     pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+        self.number() % end
     }
 
     pub fn range(&mut self, range: std::ops::RangeInclusive<u64>) -> u64 {

@@ -10,7 +10,7 @@ use ft_core::{BlockId, DirtySet, Epoch, PAGE_BYTES, PageRun, RunState, VmShape};
 use crate::rng::Rng;
 
 /// Pages of the guest's RAM blocks; the last one is read-only.
-pub const BLOCK_PAGES: [u64; 3] = [90, 40, 6];
+pub const BLOCK_PAGES: [u64; 3] = [90, 64, 6];
 const WRITABLE_BLOCKS: u64 = 2;
 
 /// A page's content: a number that no other write has used; 0 is a zero page.
@@ -100,7 +100,7 @@ impl Vm {
     pub fn new(rng: &mut Rng) -> Vm {
         let fill = |pages| {
             (0..pages)
-                .map(|_| if rng.chance(300) { 0 } else { rng.next() })
+                .map(|_| if rng.chance(300) { 0 } else { rng.number() })
                 .collect()
         };
         let ram: Ram = BLOCK_PAGES.into_iter().map(fill).collect();
@@ -135,12 +135,12 @@ impl Vm {
     pub fn step(&mut self, rng: &mut Rng, writes: u64, packet: bool) -> Option<u64> {
         self.device = Device {
             tick: self.device.tick + 1,
-            random: rng.next(),
+            random: rng.number(),
         };
         for _ in 0..writes {
             let block = rng.below(WRITABLE_BLOCKS) as usize;
             let page = rng.below(self.ram[block].len() as u64) as usize;
-            let value = if rng.chance(100) { 0 } else { rng.next() };
+            let value = if rng.chance(100) { 0 } else { rng.number() };
             self.write(block, page, value);
         }
         self.write(0, 0, self.device.tick);

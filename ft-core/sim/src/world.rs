@@ -153,7 +153,7 @@ impl World {
             packets_per_mille: rng.pick(&[100, 600]),
         };
         let vm_id = "simulated".to_owned();
-        let session = Session(rng.next());
+        let session = Session(rng.number());
         let micros = Duration::from_micros;
         let config = PrimaryConfig {
             vm_id: vm_id.clone(),

@@ -256,9 +256,7 @@ impl BackupRig {
                     chunks,
                     audit,
                 } => {
-                    chunks
-                        .iter()
-                        .for_each(|chunk| drop(self.images.remove(chunk)));
+                    self.images.retain(|id, _| !chunks.contains(id));
                     let differs = std::mem::take(&mut self.audit_differs);
                     let found = || if differs { vec![0] } else { Vec::new() };
                     let audit = (audit.is_some() || differs).then(found);
@@ -268,9 +266,7 @@ impl BackupRig {
                     });
                 }
                 Action::Free(chunks) => {
-                    chunks
-                        .iter()
-                        .for_each(|chunk| drop(self.images.remove(chunk)));
+                    self.images.retain(|id, _| !chunks.contains(id));
                 }
                 Action::StoreTerm {
                     activated: true, ..
@@ -339,7 +335,7 @@ fn checked(tag: ChunkTag, image: &Image) -> CheckedChunk {
         zero_pages: 0,
         device_offset: 0,
         device_bytes: 10,
-        trailer: tag.last.then(|| Trailer {
+        trailer: tag.last.then_some(Trailer {
             chunks: 1,
             data_pages: 0,
             zero_pages: 0,
