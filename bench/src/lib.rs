@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod daemon;
 pub mod guest;
+pub mod kill;
 pub mod memory;
 pub mod pair;
 pub mod process;

@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
 
+pub const PAGE: usize = 4096;
+
 /// One RAM block as this side has found it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Block {
@@ -19,10 +21,14 @@ pub struct Block {
 pub struct Memory {
     file: File,
     pub blocks: Vec<Block>,
+    /// Blocks whose address can't be told from outside.
+    pub missing: Vec<String>,
+    /// Of the files that blocks are mapped from.
+    pub inodes: Vec<u64>,
 }
 
 /// The bytes of all blocks at one moment.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Copy {
     pub blocks: Vec<(String, Vec<u8>)>,
 }
@@ -36,6 +42,7 @@ impl Memory {
     pub fn open(pid: Pid, ramblock: &str) -> Result<Memory> {
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).context("reading maps")?;
         let mut blocks = Vec::new();
+        let mut missing = Vec::new();
         for line in ramblock.lines() {
             let fields: Vec<&str> = line.split_whitespace().collect();
             // NAME SIZE UNIT OFFSET USED TOTAL [HVA RO]
@@ -53,11 +60,12 @@ impl Memory {
                     bytes: usize::try_from(used)?,
                 }),
                 None if is_main => bail!("the main RAM is not in the memory map"),
-                None => eprintln!("not compared, its address can't be told from outside: {name}"),
+                None => missing.push((*name).to_owned()),
             }
         }
         let file = File::open(format!("/proc/{pid}/mem")).context("opening the process's memory")?;
-        Ok(Memory { file, blocks })
+        let inodes = blocks.iter().filter_map(|block| inode_at(&maps, block.address)).collect();
+        Ok(Memory { file, blocks, missing, inodes })
     }
 
     /// Eight bytes of the main RAM at a guest-physical address below 3 GiB.
@@ -72,19 +80,46 @@ impl Memory {
         Ok(u64::from_le_bytes(bytes))
     }
 
+    /// One page of a block, or what there is of it at the block's end.
+    ///
+    /// # Errors
+    /// The process is gone, or has no such block.
+    pub fn read_page(&self, name: &str, page: usize) -> Result<Vec<u8>> {
+        let block = self.blocks.iter().find(|b| b.name == name);
+        let block = block.with_context(|| format!("no block {name}"))?;
+        let mut bytes = vec![0; block.bytes.saturating_sub(page * PAGE).min(PAGE)];
+        self.file.read_exact_at(&mut bytes, block.address + (page * PAGE) as u64)?;
+        Ok(bytes)
+    }
+
     /// # Errors
     /// The process is gone.
     pub fn copy(&self) -> Result<Copy> {
-        let copy = |block: &Block| {
-            let mut bytes = vec![0; block.bytes];
-            self.file.read_exact_at(&mut bytes, block.address)?;
-            Ok((block.name.clone(), bytes))
-        };
-        Ok(Copy { blocks: self.blocks.iter().map(copy).collect::<Result<_>>()? })
+        self.copy_into(Copy::default())
+    }
+
+    /// The same in the room of an old copy, which is faster: the kernel need not find new pages.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn copy_into(&self, mut room: Copy) -> Result<Copy> {
+        room.blocks.resize_with(self.blocks.len(), Default::default);
+        for (block, (name, bytes)) in self.blocks.iter().zip(&mut room.blocks) {
+            name.clone_from(&block.name);
+            bytes.resize(block.bytes, 0);
+            self.file.read_exact_at(bytes, block.address)?;
+        }
+        Ok(room)
     }
 }
 
 impl Copy {
+    /// One page of a block, or what there is of it at the block's end.
+    pub fn page(&self, name: &str, page: usize) -> Option<&[u8]> {
+        let (_, bytes) = self.blocks.iter().find(|(n, _)| n == name)?;
+        bytes.chunks(PAGE).nth(page)
+    }
+
     /// The first byte that differs, by block.
     pub fn difference(&self, other: &Copy) -> Option<String> {
         for (name, bytes) in &self.blocks {
@@ -132,4 +167,11 @@ fn unique(maps: &str, bytes: u64) -> Option<u64> {
         .filter(|(s, e, rest)| e - s == bytes && s % ALIGNMENT == 0 && anonymous(rest));
     let found = fits.next().map(|(start, ..)| start);
     found.filter(|_| fits.next().is_none())
+}
+
+/// The file, if it is one, that is mapped at an address.
+fn inode_at(maps: &str, address: u64) -> Option<u64> {
+    let (_, _, rest) = mappings(maps).find(|(start, end, _)| (*start..*end).contains(&address))?;
+    let inode = rest.split_whitespace().nth(3)?.parse().ok()?;
+    (inode != 0).then_some(inode)
 }

@@ -192,22 +192,30 @@ fn guest_hook(
     let (taken, page) = (Arc::clone(taken), Arc::clone(page));
     let mut number = 0;
     let mut saved = false;
+    let mut room = Copy::default();
     Box::new(move |command| match command {
         "xen-save-devices-state" => {
             // The next boundary never comes before the last epoch's acknowledgement.
             number = watcher.as_ref().map_or(number, |relay| relay.passed().acked_epoch) + 1;
             saved = true;
+            if let Some(relay) = watcher.as_ref().filter(|_| watch == Watch::AllRam) {
+                relay.hold_pushes(true);
+            }
         }
         "cont" if saved => {
             saved = false;
             let tick = tick(&memory, &page).unwrap_or(0);
-            let copy = (watch == Watch::AllRam).then(|| kept(memory.copy())).flatten();
+            let copy = (watch == Watch::AllRam)
+                .then(|| kept(memory.copy_into(std::mem::take(&mut room))))
+                .flatten();
             let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
             let kept = if watch == Watch::AllRam { KEPT } else { 1 << 16 };
             if taken.boundaries.len() >= kept {
-                taken.boundaries.pop_front();
+                let oldest = taken.boundaries.pop_front();
+                room = oldest.and_then(|boundary| boundary.copy).unwrap_or_default();
             }
             taken.boundaries.push_back(Boundary { number, at_us: now_us(), tick, copy });
+            watcher.iter().for_each(|relay| relay.hold_pushes(false));
         }
         _ => {}
     })
@@ -263,13 +271,18 @@ fn wait_tick_page(console: &Path) -> Result<u64> {
     }
 }
 
-/// Waits until the boot sector counts; its counter has a fixed address.
+/// Waits until the boot sector counts; its counter has a fixed address, where the BIOS has had
+/// things of its own before.
 fn wait_boot_sector(memory: &Memory) -> Result<u64> {
     const COUNTER: u64 = 0x8000;
     let deadline = Instant::now() + BOOT_PATIENCE;
-    while memory.read_u64(COUNTER)? == 0 {
+    let (mut last, mut risen) = (u64::MAX, 0);
+    while risen < 5 {
         ensure!(Instant::now() < deadline, "the boot sector does not run");
         std::thread::sleep(Duration::from_millis(10));
+        let now = memory.read_u64(COUNTER)?;
+        risen = if now > last { risen + 1 } else { 0 };
+        last = now;
     }
     Ok(COUNTER)
 }

@@ -42,6 +42,13 @@ pub struct Seen {
     pub resumed_at_us: u64,
 }
 
+impl Seen {
+    /// Whether the guest stands still for the daemon: more boundaries have begun than ended.
+    pub fn in_boundary(&self) -> bool {
+        self.stops > self.pauses_us.len() as u64
+    }
+}
+
 /// A proxy that runs until it is dropped.
 #[derive(Debug)]
 pub struct Proxy {

@@ -9,9 +9,11 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// The connecting side's first bytes on each lane, and the answer to them.
 const PREAMBLE_BYTES: usize = 32;
@@ -37,8 +39,9 @@ pub enum Stop {
     InPush { thousandths: u64 },
     /// All of the epoch has passed, and its acknowledgement has arrived here: it goes no further.
     BeforeAck,
-    /// Nothing stops: the acknowledgement has passed.
-    AfterAck,
+    /// Its acknowledgement has arrived here, and passes on; the backup is sent SIGSTOP `after`
+    /// that, so that one can look how far it is.
+    Freeze { backup: Pid, after: Duration },
 }
 
 /// What has passed.
@@ -61,6 +64,8 @@ struct State {
     /// The epoch that `stop` is about, once one has begun.
     target_epoch: Option<u64>,
     reached: bool,
+    /// The guest stands still for its copy: what is pushed meanwhile waits.
+    pushes_held: bool,
     /// The host is dead: what is held is lost with it.
     dead: bool,
     /// Both ends of every connection, to be ended with the relay.
@@ -90,18 +95,20 @@ impl Relay {
         let port = listener.local_addr()?.port();
         let shared = Arc::new(Shared::default());
         let accepting = Arc::clone(&shared);
-        std::thread::Builder::new().name("relay".into()).spawn(move || {
-            for primary in listener.incoming().flatten() {
-                if accepting.lock().dead {
-                    return;
+        std::thread::Builder::new()
+            .name("relay".into())
+            .spawn(move || {
+                for primary in listener.incoming().flatten() {
+                    if accepting.lock().dead {
+                        return;
+                    }
+                    // A backup that doesn't listen yet: the primary sees its connection end, and
+                    // tries again.
+                    if let Ok(backup) = TcpStream::connect(("127.0.0.1", backup_port)) {
+                        let _ = accepting.join(primary, backup);
+                    }
                 }
-                // A backup that doesn't listen yet: the primary sees its connection end, and
-                // tries again.
-                if let Ok(backup) = TcpStream::connect(("127.0.0.1", backup_port)) {
-                    let _ = accepting.join(primary, backup);
-                }
-            }
-        })?;
+            })?;
         Ok(Relay { port, shared })
     }
 
@@ -111,7 +118,9 @@ impl Relay {
 
     /// What has passed, for a thread of its own to look at.
     pub fn watch(&self) -> Watcher {
-        Watcher { shared: Arc::clone(&self.shared) }
+        Watcher {
+            shared: Arc::clone(&self.shared),
+        }
     }
 
     /// Asks for the traffic to stop, and waits until it has. Returns the epoch that it is about.
@@ -124,9 +133,16 @@ impl Relay {
         state.target_epoch = None;
         state.reached = false;
         let wait = |state: &mut State| !state.reached;
-        let waited = self.shared.changed.wait_timeout_while(state, patience, wait);
+        let waited = self
+            .shared
+            .changed
+            .wait_timeout_while(state, patience, wait);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        ensure!(state.reached, "{stop:?} was not reached in {patience:?}: {:?}", state.passed);
+        ensure!(
+            state.reached,
+            "{stop:?} was not reached in {patience:?}: {:?}",
+            state.passed
+        );
         state.target_epoch.context("a stop without an epoch")
     }
 
@@ -148,7 +164,7 @@ impl Drop for Relay {
     }
 }
 
-/// Looks at what has passed.
+/// Looks at what has passed, from the thread that takes the copies.
 #[derive(Clone, Debug)]
 pub struct Watcher {
     shared: Arc<Shared>,
@@ -157,6 +173,13 @@ pub struct Watcher {
 impl Watcher {
     pub fn passed(&self) -> Passed {
         self.shared.lock().passed
+    }
+
+    /// Lets pushes wait, or go on. A copy of all RAM takes so long that the whole epoch would be
+    /// over before `cont` is let through: what comes after it in life has to come after it here.
+    pub fn hold_pushes(&self, hold: bool) {
+        self.shared.lock().pushes_held = hold;
+        self.shared.changed.notify_all();
     }
 }
 
@@ -190,9 +213,19 @@ impl Shared {
                 lane: Arc::clone(&lane),
                 parser: Parser::default(),
             };
-            std::thread::Builder::new().name("relay-pump".into()).spawn(move || pump.run(&from, &to))?;
+            std::thread::Builder::new()
+                .name("relay-pump".into())
+                .spawn(move || pump.run(&from, &to))?;
         }
         Ok(())
+    }
+
+    /// False: the host has died meanwhile.
+    fn wait_for_copy(&self) -> bool {
+        let wait = |state: &mut State| state.pushes_held && !state.dead;
+        let waited = self.changed.wait_while(self.lock(), wait);
+        let state = waited.unwrap_or_else(PoisonError::into_inner);
+        !(state.pushes_held && state.dead)
     }
 
     fn reached(&self, mut state: MutexGuard<'_, State>, hold: bool) {
@@ -220,7 +253,9 @@ impl Pump {
             match from.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(count) => {
-                    let Some(allowed) = self.look(&buffer[..count]) else { break };
+                    let Some(allowed) = self.look(&buffer[..count]) else {
+                        break;
+                    };
                     if to.write_all(&buffer[..allowed]).is_err() {
                         break;
                     }
@@ -239,7 +274,7 @@ impl Pump {
         let _ = to.shutdown(Shutdown::Write);
     }
 
-    /// Follows the bytes; returns how many of them may pass now.
+    /// Follows the bytes; returns how many of them may pass now, or `None` to end.
     fn look(&mut self, bytes: &[u8]) -> Option<usize> {
         let lane = {
             let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
@@ -250,7 +285,10 @@ impl Pump {
             *lane
         };
         match (lane, self.flow) {
-            (BULK_LANE, Flow::ToBackup) => Some(self.look_at_bulk(bytes)),
+            (BULK_LANE, Flow::ToBackup) => self
+                .shared
+                .wait_for_copy()
+                .then(|| self.look_at_bulk(bytes)),
             (CONTROL_LANE, Flow::ToPrimary) => Some(self.look_at_control(bytes)),
             _ => Some(bytes.len()),
         }
@@ -309,7 +347,11 @@ impl Pump {
                     match state.stop {
                         // The part of it that has passed already makes no message.
                         Some(Stop::BeforeAck) => return at,
-                        Some(Stop::AfterAck) => self.shared.reached(state, false),
+                        Some(Stop::Freeze { backup, after }) => {
+                            drop(state);
+                            freeze(backup, after);
+                            self.shared.reached(self.shared.lock(), false);
+                        }
                         _ => {}
                     }
                 }
@@ -361,10 +403,18 @@ impl Parser {
         if self.left > 0 {
             let count = self.left.min(bytes.len());
             self.left -= count;
-            return Step { bytes: count, chunk: self.chunk, ends_chunk: self.left == 0, acked: None };
+            return Step {
+                bytes: count,
+                chunk: self.chunk,
+                ends_chunk: self.left == 0,
+                acked: None,
+            };
         }
         let (count, whole) = self.gather(bytes, FRAME_BYTES + HEADER_BYTES);
-        let mut step = Step { bytes: count, ..Step::default() };
+        let mut step = Step {
+            bytes: count,
+            ..Step::default()
+        };
         if whole {
             let length = number(&self.head[LENGTH_IN_FRAME..], 4) as usize;
             let header = &self.head[FRAME_BYTES..];
@@ -387,10 +437,16 @@ impl Parser {
         if self.left > 0 {
             let count = self.left.min(bytes.len());
             self.left -= count;
-            return Step { bytes: count, ..Step::default() };
+            return Step {
+                bytes: count,
+                ..Step::default()
+            };
         }
         let (count, whole) = self.gather(bytes, 4 + HEADER_BYTES);
-        let mut step = Step { bytes: count, ..Step::default() };
+        let mut step = Step {
+            bytes: count,
+            ..Step::default()
+        };
         if whole {
             let length = number(&self.head, 4) as usize;
             let header = &self.head[4..];
@@ -409,7 +465,10 @@ impl Parser {
             self.started = true;
             self.head.clear();
         }
-        Step { bytes: count, ..Step::default() }
+        Step {
+            bytes: count,
+            ..Step::default()
+        }
     }
 
     /// Takes bytes until `wanted` are there.
@@ -420,9 +479,25 @@ impl Parser {
     }
 }
 
+/// Waits precisely, for an apply takes a few milliseconds in all.
+fn freeze(backup: Pid, after: Duration) {
+    let began = Instant::now();
+    if let Some(most) = after.checked_sub(Duration::from_millis(2)) {
+        std::thread::sleep(most);
+    }
+    while began.elapsed() < after {
+        std::hint::spin_loop();
+    }
+    // A backup that is gone is found out by whoever waits for its failover.
+    let _ = kill(backup, Signal::SIGSTOP);
+}
+
 /// Up to eight bytes, little-endian.
 fn number(bytes: &[u8], count: usize) -> u64 {
-    bytes[..count].iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+    bytes[..count]
+        .iter()
+        .rev()
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
 /// Ends a connection as the other one has ended: with a reset, which proves nobody's death.

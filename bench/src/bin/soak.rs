@@ -1,26 +1,33 @@
 //! Kills hosts at chosen moments and compares every byte of the survivor.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bench::daemon::Daemon;
 use bench::guest::{Guest, Work};
+use bench::kill::{Kill, Phase, kill_in, resident_kib};
 use bench::pair::{Pair, Setup, Watch};
 use bench::process::Workplace;
-use bench::report::quantiles;
+use bench::report::{quantile, quantiles};
 use clap::Parser;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Epochs that pass before a kill: the first synchronisation is over, and slots are reused.
-const EPOCHS_BEFORE: usize = 5;
-const PHASES: [Phase; 5] =
-    [Phase::Boundary, Phase::Push, Phase::BeforeAck, Phase::Apply, Phase::Idle];
+const EPOCHS_BEFORE: usize = 8;
+/// Long enough that the guest runs on, and writes, between two boundaries: each of them takes as
+/// long as a copy of all RAM.
+const EPOCH_MS: &str = "300";
+/// Copies on a busy machine must not look like a dead host: what is tested here is proof of death.
+const FAILOVER_AFTER_MS: &str = "10000";
+/// Kills per phase that a long run must have.
+const KILLS_PER_PHASE: usize = 3;
+/// What a daemon may have beside its epochs, in KiB.
+const ALLOWANCE_KIB: u64 = 64 << 10;
 
 /// Kills the host of a protected guest again and again, and compares every byte of RAM that the
-/// standby loads with an independent copy of the boundary that it names.
+/// standby loads with an independent copy of the boundary that the failover names.
 #[derive(Debug, Parser)]
 struct Arguments {
     #[arg(long, default_value_t = 10)]
@@ -33,46 +40,35 @@ struct Arguments {
     #[arg(long, default_value = "pc")]
     machine: String,
     #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    #[arg(long, default_value = "auto")]
+    tracker: String,
+    /// Draws the moments of the kills
+    #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// tcg or kvm
+    /// `kvm` runs a boot sector in place of Linux
     #[arg(long, default_value = "tcg")]
     accel: String,
-}
-
-/// What the primary was doing when it was killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Phase {
-    /// The guest is paused, its state is being taken.
-    Boundary,
-    /// Right after `cont`: chunks are on their way.
-    Push,
-    /// A little later: all is sent, the acknowledgement is not back.
-    BeforeAck,
-    /// The backup has flipped and is applying.
-    Apply,
-    /// Between two epochs.
-    Idle,
-}
-
-impl Phase {
-    fn name(self) -> &'static str {
-        match self {
-            Phase::Boundary => "boundary",
-            Phase::Push => "push",
-            Phase::BeforeAck => "before-ack",
-            Phase::Apply => "apply",
-            Phase::Idle => "idle",
-        }
-    }
 }
 
 /// One kill and what came of it.
 #[derive(Debug)]
 struct Outcome {
+    kill: Kill,
     exact: bool,
+    /// First kill(2) to the standby's RESUME, without the time that its load was held here.
     total_us: u64,
-    backup_rss_kib: u64,
-    primary_rss_kib: u64,
+    blocks: Vec<String>,
+    memory: Memory,
+}
+
+/// Of the daemons just before the kill.
+#[derive(Clone, Copy, Debug)]
+struct Memory {
+    primary_kib: u64,
+    backup_kib: u64,
+    /// Of the largest epoch, the first synchronisation aside.
+    epoch_kib: u64,
 }
 
 fn main() -> ExitCode {
@@ -86,101 +82,123 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let mut phases: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut draw = Draw(arguments.seed);
+    let mut hit = Vec::new();
     let mut outcomes = Vec::new();
-    for kill in 0..arguments.kills {
-        let phase = PHASES[kill % PHASES.len()];
-        let outcome = kill_once(arguments, kill, phase)
-            .with_context(|| format!("kill {kill} ({})", phase.name()))?;
+    for number in 0..arguments.kills {
+        let aim = Phase::rarest(&hit);
+        let outcome = kill_once(arguments, aim, draw.next())
+            .with_context(|| format!("kill {number} of --seed {} ({aim})", arguments.seed))?;
         eprintln!(
-            "soak: kill {kill:3} {:10} {:6.1} ms {}",
-            phase.name(),
+            "soak: kill {number:3} {:10} {:6.1} ms {}",
+            outcome.kill.phase,
             outcome.total_us as f64 / 1e3,
             if outcome.exact { "bit-exact" } else { "TORN" }
         );
-        *phases.entry(phase.name()).or_default() += 1;
+        hit.push(outcome.kill.phase);
         outcomes.push(outcome);
     }
-    let exact = outcomes.iter().filter(|o| o.exact).count();
-    let totals: Vec<u64> = outcomes.iter().map(|o| o.total_us).collect();
-    let rss = |pick: fn(&Outcome) -> u64| outcomes.iter().map(pick).collect::<Vec<_>>();
-    let report = json!({
-        "kills": outcomes.len(),
-        "bit_exact": exact,
-        "torn": outcomes.len() - exact,
-        "phase": phases,
-        "failover_total_us": quantiles(&totals),
-        "backup_rss_kib": quantiles(&rss(|o| o.backup_rss_kib)),
-        "primary_rss_kib": quantiles(&rss(|o| o.primary_rss_kib)),
-        "seed": arguments.seed,
-    });
+    let report = report(arguments, &hit, &outcomes);
     let text = serde_json::to_string_pretty(&report)?;
     if let Some(path) = &arguments.report {
         std::fs::write(path, &text).with_context(|| format!("writing {}", path.display()))?;
     }
     println!("{text}");
-    ensure!(exact == outcomes.len(), "{} of the survivors are torn", outcomes.len() - exact);
-    Ok(())
+    check(arguments, &hit, &outcomes)
 }
 
-fn kill_once(arguments: &Arguments, kill: usize, phase: Phase) -> Result<Outcome> {
+fn kill_once(arguments: &Arguments, aim: Phase, draw: u64) -> Result<Outcome> {
     let place = Workplace::new("soak")?;
     let mut guest = Guest::tick(&arguments.qemu)?;
     guest.machine.clone_from(&arguments.machine);
     guest.accel.clone_from(&arguments.accel);
-    // The boot sector writes all the time and boots in a second: many kills in little time.
-    guest.work = Work::BootSector;
-    guest.ram_mib = 64;
-    let setup = Setup { guest, watch: Watch::AllRam, floors: false, options: Vec::new() };
-    let mut pair = Pair::start(place.path(), &setup)?;
-    wait_epochs(&mut pair.primary)?;
-    let primary_rss_kib = rss_kib(pair.primary.process.pid().as_raw())?;
-    let backup_rss_kib = rss_kib(pair.backup.process.pid().as_raw())?;
+    guest.vcpus = arguments.vcpus;
+    if guest.accel == "kvm" {
+        guest.work = Work::BootSector;
+    }
+    let options = [
+        ("--tracker", arguments.tracker.as_str()),
+        ("--epoch-ms", EPOCH_MS),
+        ("--failover-after-ms", FAILOVER_AFTER_MS),
+    ];
+    let options = options.iter().flat_map(|(name, value)| [*name, *value]);
+    let options = options.map(str::to_owned).collect();
+    let setup = Setup {
+        guest,
+        watch: Watch::AllRam,
+        floors: false,
+        options,
+    };
+    let mut pair = Pair::start_relayed(place.path(), &setup)?;
+    wait_epochs(&mut pair)?;
+    let missing = &pair.guest_memory.missing;
+    ensure!(
+        missing.is_empty(),
+        "RAM blocks that can't be found from outside: {missing:?}"
+    );
+    let memory = memory(&pair)?;
 
-    let jitter = arguments.seed.wrapping_add(kill as u64).wrapping_mul(0x9e37_79b9) % 400;
-    wait_phase(&pair, phase, Duration::from_micros(jitter))?;
-    let killed_us = pair.kill_host()?;
-    let failover = pair.backup.wait_event("failover", Duration::from_secs(20))?;
-    let epoch = failover["epoch"].as_u64().context("the failover names no epoch")?;
+    let kill = kill_in(&mut pair, aim, draw)?;
+    let failover = pair
+        .backup
+        .wait_event("failover", Duration::from_secs(20))?;
+    let epoch = failover["epoch"]
+        .as_u64()
+        .context("the failover names no epoch")?;
+    let allowed = kill.oldest..=kill.newest;
+    ensure!(
+        allowed.contains(&epoch),
+        "resumed from epoch {epoch}, not from one of {allowed:?}"
+    );
     let exact = compare(&pair, epoch)?;
     pair.wait_ticking(10, Duration::from_secs(20))?;
     let resumed_us = pair.standby_proxy.seen(|seen| seen.resumed_at_us);
-    let total_us = resumed_us.saturating_sub(killed_us);
-    Ok(Outcome { exact, total_us, backup_rss_kib, primary_rss_kib })
+    let held_us = pair.taken(|taken| taken.standby_held.as_micros() as u64);
+    let total_us = resumed_us
+        .saturating_sub(kill.at_us)
+        .saturating_sub(held_us);
+    let blocks = pair
+        .guest_memory
+        .blocks
+        .iter()
+        .map(|block| block.name.clone())
+        .collect();
+    Ok(Outcome {
+        kill,
+        exact,
+        total_us,
+        blocks,
+        memory,
+    })
 }
 
-fn wait_epochs(primary: &mut Daemon) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while primary.numbers("epoch", "epoch").len() < EPOCHS_BEFORE {
-        ensure!(Instant::now() < deadline, "no epochs:\n{}", primary.process.said());
+fn wait_epochs(pair: &mut Pair) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while pair.primary.numbers("epoch", "epoch").len() < EPOCHS_BEFORE {
+        ensure!(
+            Instant::now() < deadline,
+            "no epochs:\n{}",
+            pair.primary.process.said()
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }
 
-/// Waits for the beginning of a phase, and a little into it.
-fn wait_phase(pair: &Pair, phase: Phase, jitter: Duration) -> Result<()> {
-    let count = || pair.guest_proxy.seen(|seen| (seen.stops, seen.pauses_us.len()));
-    let begun = count();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    let wait = |reached: &dyn Fn((u64, usize)) -> bool| {
-        while !reached(count()) {
-            ensure!(Instant::now() < deadline, "the next boundary did not come");
-            std::thread::sleep(Duration::from_micros(50));
-        }
-        Ok(())
-    };
-    match phase {
-        Phase::Boundary => wait(&|now| now.0 > begun.0)?,
-        _ => wait(&|now| now.1 > begun.1)?,
-    }
-    std::thread::sleep(match phase {
-        Phase::Boundary | Phase::Push => jitter,
-        Phase::BeforeAck => Duration::from_micros(300) + jitter,
-        Phase::Apply => Duration::from_micros(900) + jitter,
-        Phase::Idle => Duration::from_millis(8) + jitter,
-    });
-    Ok(())
+fn memory(pair: &Pair) -> Result<Memory> {
+    let events = pair.primary.events();
+    let deltas = events
+        .iter()
+        .filter(|e| e["event"] == "epoch" && e["kind"] == "delta");
+    let largest = deltas
+        .filter_map(|e| e["bytes"].as_u64())
+        .max()
+        .unwrap_or(0);
+    Ok(Memory {
+        primary_kib: resident_kib(pair.primary.process.pid(), &pair.guest_memory)?,
+        backup_kib: resident_kib(pair.backup.process.pid(), &pair.standby_memory)?,
+        epoch_kib: largest.div_ceil(1024),
+    })
 }
 
 /// Whether the standby's RAM at `migrate-incoming` is that of the epoch's boundary.
@@ -189,8 +207,14 @@ fn compare(pair: &Pair, epoch: u64) -> Result<bool> {
         let numbers: Vec<u64> = taken.boundaries.iter().map(|b| b.number).collect();
         let boundary = taken.boundaries.iter().find(|b| b.number == epoch);
         let boundary = boundary.with_context(|| format!("epoch {epoch} is not in {numbers:?}"))?;
-        let copy = boundary.copy.as_ref().context("the boundary was not copied")?;
-        let standby = taken.standby.as_ref().context("the standby was not copied")?;
+        let copy = boundary
+            .copy
+            .as_ref()
+            .context("the boundary was not copied")?;
+        let standby = taken
+            .standby
+            .as_ref()
+            .context("the standby was not copied")?;
         if let Some(difference) = copy.difference(standby) {
             eprintln!("soak: epoch {epoch}: {difference}");
             return Ok(false);
@@ -199,18 +223,92 @@ fn compare(pair: &Pair, epoch: u64) -> Result<bool> {
     })
 }
 
-/// Memory of a daemon without the guest's RAM, which it maps but doesn't own.
-fn rss_kib(pid: i32) -> Result<u64> {
-    let text = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps"))?;
-    let mut total = 0;
-    let mut counted = true;
-    for line in text.lines() {
-        let first = line.split(' ').next().unwrap_or_default();
-        if first.contains('-') && !first.ends_with(':') {
-            counted = !(line.contains("memory-backend") || line.contains("memfd:"));
-        } else if let Some(size) = line.strip_prefix("Rss:").filter(|_| counted) {
-            total += size.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
+fn report(arguments: &Arguments, hit: &[Phase], outcomes: &[Outcome]) -> Value {
+    let exact = outcomes.iter().filter(|o| o.exact).count();
+    let phases: BTreeMap<String, usize> = Phase::ALL
+        .iter()
+        .map(|phase| {
+            (
+                phase.to_string(),
+                hit.iter().filter(|it| *it == phase).count(),
+            )
+        })
+        .collect();
+    // Where the backup was stopped to look at it, the time is ours, not the product's.
+    let undisturbed = outcomes.iter().filter(|o| !o.kill.backup_stopped);
+    let totals: Vec<u64> = undisturbed.map(|o| o.total_us).collect();
+    let of = |pick: fn(&Memory) -> u64| -> Vec<u64> {
+        outcomes.iter().map(|o| pick(&o.memory)).collect()
+    };
+    json!({
+        "kills": outcomes.len(),
+        "bit_exact": exact,
+        "torn": outcomes.len() - exact,
+        "phase": phases,
+        "blocks_compared": outcomes.first().map(|o| &o.blocks),
+        "failover_total_us": quantiles(&totals),
+        "failovers_timed": totals.len(),
+        "primary_kib": memory_figures(&of(|m| m.primary_kib)),
+        "backup_kib": memory_figures(&of(|m| m.backup_kib)),
+        "largest_epoch_kib": of(|m| m.epoch_kib).into_iter().max(),
+        "seed": arguments.seed,
+        "qemu": arguments.qemu,
+        "machine": arguments.machine,
+        "vcpus": arguments.vcpus,
+        "accel": arguments.accel,
+    })
+}
+
+fn memory_figures(kib: &[u64]) -> Value {
+    let ten = kib.len().min(10);
+    json!({
+        "max": quantile(kib, 100),
+        "first_ten_p50": quantile(&kib[..ten], 50),
+        "last_ten_p50": quantile(&kib[kib.len() - ten..], 50),
+    })
+}
+
+fn check(arguments: &Arguments, hit: &[Phase], outcomes: &[Outcome]) -> Result<()> {
+    let torn = outcomes.iter().filter(|o| !o.exact).count();
+    ensure!(torn == 0, "{torn} of the survivors are torn");
+    for Memory {
+        primary_kib,
+        backup_kib,
+        epoch_kib,
+    } in outcomes.iter().map(|o| o.memory)
+    {
+        let (primary, backup) = (epoch_kib + ALLOWANCE_KIB, 2 * epoch_kib + ALLOWANCE_KIB);
+        // `compare` keeps a shadow of all RAM.
+        let bounded = arguments.tracker != "compare";
+        ensure!(
+            !bounded || primary_kib <= primary,
+            "the primary has {primary_kib} KiB, not {primary}"
+        );
+        ensure!(
+            backup_kib <= backup,
+            "the backup has {backup_kib} KiB, not {backup}"
+        );
+    }
+    if outcomes.len() >= 2 * KILLS_PER_PHASE * Phase::ALL.len() {
+        for phase in Phase::ALL {
+            let count = hit.iter().filter(|it| **it == phase).count();
+            ensure!(
+                count >= KILLS_PER_PHASE,
+                "only {count} kills were in the phase {phase}"
+            );
         }
     }
-    Ok(total)
+    Ok(())
+}
+
+/// Numbers that look random and are the same for the same seed (splitmix64).
+struct Draw(u64);
+
+impl Draw {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
 }
