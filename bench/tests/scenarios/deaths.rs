@@ -1,0 +1,70 @@
+//! Everything that can die, or seem dead.
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::on_both_qemus;
+use crate::stage::{PATIENCE, Stage, check_survivor, exit_code, wait_epochs};
+
+on_both_qemus! {
+    host_is_killed,
+    only_qemu_is_killed,
+    only_the_daemon_is_killed,
+    frozen_daemon_ends_its_guest,
+    host_is_killed_while_ram_is_compared,
+}
+
+fn host_is_killed(stage: &Stage) -> Result<()> {
+    let mut pair = stage.pair(&stage.boot_sector()?)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.kill_host()?;
+    let failover = check_survivor(&mut pair)?;
+    ensure!(failover["reason"] == "proof-of-death", "not at once: {failover}");
+    Ok(())
+}
+
+fn only_qemu_is_killed(stage: &Stage) -> Result<()> {
+    let mut pair = stage.pair(&stage.boot_sector()?)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.guest.signal(Signal::SIGKILL)?;
+    let failover = check_survivor(&mut pair)?;
+    ensure!(failover["reason"] != "silence", "the daemon did not say so: {failover}");
+    let code = exit_code(&mut pair.primary)?;
+    ensure!(code == 4, "the primary's daemon ended with {code}, not 4 (failed over)");
+    Ok(())
+}
+
+/// The guardian kills QEMU, and that proves the death.
+fn only_the_daemon_is_killed(stage: &Stage) -> Result<()> {
+    let mut pair = stage.pair(&stage.boot_sector()?)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.primary.process.signal(Signal::SIGKILL)?;
+    let failover = check_survivor(&mut pair)?;
+    ensure!(failover["reason"] == "proof-of-death", "not at once: {failover}");
+    ensure!(pair.guest.wait(PATIENCE)?.is_some(), "the old guest runs on");
+    Ok(())
+}
+
+fn frozen_daemon_ends_its_guest(stage: &Stage) -> Result<()> {
+    let mut setup = stage.boot_sector()?;
+    setup.options = ["--failover-after-ms", "2000"].map(str::to_owned).to_vec();
+    let mut pair = stage.pair(&setup)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.primary.process.signal(Signal::SIGSTOP)?;
+    let failover = check_survivor(&mut pair)?;
+    ensure!(failover["reason"] == "silence", "a frozen daemon proves nothing: {failover}");
+    pair.primary.process.signal(Signal::SIGCONT)?;
+    let code = exit_code(&mut pair.primary)?;
+    ensure!(code == 4, "the primary's daemon ended with {code}, not 4 (failed over)");
+    ensure!(pair.guest.wait(PATIENCE)?.is_some(), "two guests run");
+    pair.wait_ticking(10, PATIENCE)
+}
+
+fn host_is_killed_while_ram_is_compared(stage: &Stage) -> Result<()> {
+    let mut setup = stage.boot_sector()?;
+    setup.options.extend(["--tracker", "compare"].map(str::to_owned));
+    let mut pair = stage.pair(&setup)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.kill_host()?;
+    check_survivor(&mut pair).map(drop)
+}

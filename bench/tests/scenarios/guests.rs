@@ -1,0 +1,107 @@
+//! What the guest or its operator does while it is protected.
+
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bench::pair::{Pair, Watch};
+use bench::process::Process;
+use serde_json::json;
+
+use crate::on_both_qemus;
+use crate::stage::{PATIENCE, Stage, check_survivor, exit_code, ram_file, run_state, wait_epochs};
+
+on_both_qemus! {
+    guest_reboots_before_and_after,
+    guest_powers_off,
+    operator_stops_and_continues,
+    stopped_guest_survives_stopped_with_its_screen,
+    mostly_empty_guest_stays_empty,
+}
+
+fn guest_reboots_before_and_after(stage: &Stage) -> Result<()> {
+    let mut pair = stage.pair(&stage.linux()?)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    stage.type_at("guest", b'r')?;
+    stage.wait_boots("guest", 2)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.kill_host()?;
+    pair.backup.wait_event("failover", PATIENCE)?;
+    stage.type_at("standby", b'r')?;
+    stage.wait_boots("standby", 1)
+}
+
+fn guest_powers_off(stage: &Stage) -> Result<()> {
+    let mut pair = stage.pair(&stage.linux()?)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    stage.type_at("guest", b'p')?;
+    ensure!(exit_code(&mut pair.primary)? == 0, "the primary's daemon: not a clean end");
+    ensure!(exit_code(&mut pair.backup)? == 0, "the backup's daemon: not a clean end");
+    ensure!(pair.guest.wait(PATIENCE)?.is_some(), "the guest's QEMU did not end");
+    ensure!(pair.backup.numbers("failover", "epoch").is_empty(), "a failover after a power-off");
+    Ok(())
+}
+
+fn operator_stops_and_continues(stage: &Stage) -> Result<()> {
+    let mut pair = stage.pair(&stage.boot_sector()?)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    let mut qmp = stage.qmp("guest")?;
+    qmp.call("stop", json!({}))?;
+    pair.primary.wait_event("guest_stopped", PATIENCE)?;
+    std::thread::sleep(Duration::from_millis(300));
+    ensure!(run_state(&mut qmp)? == "paused", "an operator's stop was undone");
+    qmp.call("cont", json!({}))?;
+    pair.primary.wait_event("guest_resumed", PATIENCE)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.kill_host()?;
+    pair.backup.wait_event("failover", PATIENCE)?;
+    pair.wait_ticking(10, PATIENCE)
+}
+
+fn stopped_guest_survives_stopped_with_its_screen(stage: &Stage) -> Result<()> {
+    let mut setup = stage.boot_sector()?;
+    setup.guest.vga = true;
+    let mut pair = stage.pair(&setup)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    let mut qmp = stage.qmp("guest")?;
+    qmp.call("stop", json!({}))?;
+    pair.primary.wait_event("guest_stopped", PATIENCE)?;
+    wait_epochs(&mut pair.primary, 1)?;
+    let before = screen(stage, "guest")?;
+    ensure!(before.iter().skip(16).any(|byte| *byte != 0), "the screen is black");
+    pair.kill_host()?;
+    pair.backup.wait_event("failover", PATIENCE)?;
+    let mut survivor = stage.qmp("standby")?;
+    ensure!(run_state(&mut survivor)? == "paused", "a stopped guest was started");
+    ensure!(screen(stage, "standby")? == before, "the screens differ");
+    survivor.call("cont", json!({}))?;
+    pair.wait_ticking(10, PATIENCE)
+}
+
+fn screen(stage: &Stage, role: &str) -> Result<Vec<u8>> {
+    let path = stage.dir().join(format!("{role}.ppm"));
+    let _ = std::fs::remove_file(&path);
+    stage.qmp(role)?.call("screendump", json!({ "filename": path }))?;
+    std::fs::read(&path).context("reading the screen")
+}
+
+/// Neither side's daemon may fill the holes of the RAM.
+fn mostly_empty_guest_stays_empty(stage: &Stage) -> Result<()> {
+    const USED_MAX: u64 = 64 << 20;
+    let mut setup = stage.boot_sector()?;
+    setup.guest.ram_mib = 4096;
+    setup.watch = Watch::Tick;
+    let mut pair = stage.pair(&setup)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    let used = |pair: &Pair| Ok::<_, anyhow::Error>((used(&pair.guest)?, used(&pair.standby)?));
+    let (guest, standby) = used(&pair)?;
+    ensure!(guest < USED_MAX && standby < USED_MAX, "{guest} and {standby} bytes are in use");
+    pair.kill_host()?;
+    check_survivor(&mut pair)?;
+    Ok(())
+}
+
+/// What a QEMU's RAM takes.
+fn used(qemu: &Process) -> Result<u64> {
+    Ok(std::fs::metadata(ram_file(qemu)?)?.blocks() * 512)
+}
