@@ -19,7 +19,10 @@ fn host_is_killed(stage: &Stage) -> Result<()> {
     wait_epochs(&mut pair.primary, 5)?;
     pair.kill_host()?;
     let failover = check_survivor(&mut pair)?;
-    ensure!(failover["reason"] == "proof-of-death", "not at once: {failover}");
+    ensure!(
+        failover["reason"] == "proof-of-death",
+        "not at once: {failover}"
+    );
     Ok(())
 }
 
@@ -28,9 +31,15 @@ fn only_qemu_is_killed(stage: &Stage) -> Result<()> {
     wait_epochs(&mut pair.primary, 5)?;
     pair.guest.signal(Signal::SIGKILL)?;
     let failover = check_survivor(&mut pair)?;
-    ensure!(failover["reason"] != "silence", "the daemon did not say so: {failover}");
+    ensure!(
+        failover["reason"] != "silence",
+        "the daemon did not say so: {failover}"
+    );
     let code = exit_code(&mut pair.primary)?;
-    ensure!(code == 4, "the primary's daemon ended with {code}, not 4 (failed over)");
+    ensure!(
+        code == 4,
+        "the primary's daemon ended with {code}, not 4 (failed over)"
+    );
     Ok(())
 }
 
@@ -40,8 +49,14 @@ fn only_the_daemon_is_killed(stage: &Stage) -> Result<()> {
     wait_epochs(&mut pair.primary, 5)?;
     pair.primary.process.signal(Signal::SIGKILL)?;
     let failover = check_survivor(&mut pair)?;
-    ensure!(failover["reason"] == "proof-of-death", "not at once: {failover}");
-    ensure!(pair.guest.wait(PATIENCE)?.is_some(), "the old guest runs on");
+    ensure!(
+        failover["reason"] == "proof-of-death",
+        "not at once: {failover}"
+    );
+    ensure!(
+        pair.guest.wait(PATIENCE)?.is_some(),
+        "the old guest runs on"
+    );
     Ok(())
 }
 
@@ -52,17 +67,25 @@ fn frozen_daemon_ends_its_guest(stage: &Stage) -> Result<()> {
     wait_epochs(&mut pair.primary, 5)?;
     pair.primary.process.signal(Signal::SIGSTOP)?;
     let failover = check_survivor(&mut pair)?;
-    ensure!(failover["reason"] == "silence", "a frozen daemon proves nothing: {failover}");
+    ensure!(
+        failover["reason"] == "silence",
+        "a frozen daemon proves nothing: {failover}"
+    );
     pair.primary.process.signal(Signal::SIGCONT)?;
     let code = exit_code(&mut pair.primary)?;
-    ensure!(code == 4, "the primary's daemon ended with {code}, not 4 (failed over)");
+    ensure!(
+        code == 4,
+        "the primary's daemon ended with {code}, not 4 (failed over)"
+    );
     ensure!(pair.guest.wait(PATIENCE)?.is_some(), "two guests run");
     pair.wait_ticking(10, PATIENCE)
 }
 
 fn host_is_killed_while_ram_is_compared(stage: &Stage) -> Result<()> {
     let mut setup = stage.boot_sector()?;
-    setup.options.extend(["--tracker", "compare"].map(str::to_owned));
+    setup
+        .options
+        .extend(["--tracker", "compare"].map(str::to_owned));
     let mut pair = stage.pair(&setup)?;
     wait_epochs(&mut pair.primary, 5)?;
     pair.kill_host()?;

@@ -23,17 +23,30 @@ on_both_qemus! {
 fn silent_write_is_found_and_mended(stage: &Stage) -> Result<()> {
     const WHERE: u64 = (48 << 20) + 123;
     let mut setup = stage.boot_sector()?;
-    setup.options.extend(["--tracker", "uffd", "--audit-every", "10"].map(str::to_owned));
+    setup
+        .options
+        .extend(["--tracker", "uffd", "--audit-every", "10"].map(str::to_owned));
     let mut pair = stage.pair(&setup)?;
     let audits = |pair: &bench::pair::Pair, ok: bool| {
         let events = pair.primary.events();
-        events.iter().filter(|e| e["event"] == "audit" && e["ok"] == ok).count()
+        events
+            .iter()
+            .filter(|e| e["event"] == "audit" && e["ok"] == ok)
+            .count()
     };
-    wait_until("a first clean audit", PATIENCE, || Ok(audits(&pair, true) > 0))?;
-    ensure!(audits(&pair, false) == 0, "an audit failed before anything was done");
+    wait_until("a first clean audit", PATIENCE, || {
+        Ok(audits(&pair, true) > 0)
+    })?;
+    ensure!(
+        audits(&pair, false) == 0,
+        "an audit failed before anything was done"
+    );
 
     let ram = ram_file(&pair.guest)?;
-    let ram = OpenOptions::new().write(true).open(&ram).context("opening the RAM file")?;
+    let ram = OpenOptions::new()
+        .write(true)
+        .open(&ram)
+        .context("opening the RAM file")?;
     ram.write_all_at(&[0x5a], WHERE)?;
     pair.primary.wait_event("tainted", PATIENCE)?;
     let mended = pair.primary.wait_event("untainted", PATIENCE)?;
@@ -41,7 +54,9 @@ fn silent_write_is_found_and_mended(stage: &Stage) -> Result<()> {
     let is_clean = |e: &serde_json::Value| {
         e["event"] == "audit" && e["epoch"].as_u64().is_some_and(|epoch| epoch > mended)
     };
-    let next = pair.primary.wait_for("an audit after that", PATIENCE, is_clean)?;
+    let next = pair
+        .primary
+        .wait_for("an audit after that", PATIENCE, is_clean)?;
     ensure!(next["ok"] == true, "not mended: {next}");
     pair.kill_host()?;
     check_survivor(&mut pair)?;
@@ -52,7 +67,10 @@ fn ram_file(qemu: &Process) -> Result<PathBuf> {
     for entry in std::fs::read_dir(format!("/proc/{}/fd", qemu.pid()))? {
         let path = entry?.path();
         let target = std::fs::read_link(&path).unwrap_or_default();
-        if target.to_string_lossy().starts_with("/memfd:memory-backend-memfd") {
+        if target
+            .to_string_lossy()
+            .starts_with("/memfd:memory-backend-memfd")
+        {
             return Ok(path);
         }
     }
@@ -74,7 +92,9 @@ fn garbage_does_not_disturb(stage: &Stage) -> Result<()> {
     let mut throw = |pair: &bench::pair::Pair, count: u64| -> Result<()> {
         for n in 0..count {
             let mut bytes = if n % 3 == 0 {
-                (0..=random.below(511)).map(|_| random.next().to_le_bytes()[0]).collect()
+                (0..=random.below(511))
+                    .map(|_| random.next().to_le_bytes()[0])
+                    .collect()
             } else {
                 heard[random.below(heard.len() as u64) as usize].clone()
             };
@@ -96,14 +116,25 @@ fn garbage_does_not_disturb(stage: &Stage) -> Result<()> {
     throw(&pair, CONNECTIONS - CONNECTIONS / 10)?;
     wait_epochs(&mut pair.primary, 20)?;
     let after = anonymous_kib(&pair.backup.process)?;
-    ensure!(after < before + GROWTH_MAX_KIB, "the backup grew from {before} to {after} KiB");
+    ensure!(
+        after < before + GROWTH_MAX_KIB,
+        "the backup grew from {before} to {after} KiB"
+    );
 
-    ensure!(pair.primary.numbers("backup_lost", "time_us").is_empty(), "protection was lost");
+    ensure!(
+        pair.primary.numbers("backup_lost", "time_us").is_empty(),
+        "protection was lost"
+    );
     // A summary comes ten seconds after the first of its refusals.
     let refused = || pair.backup.numbers("refused", "count").iter().sum::<u64>();
-    wait_until("all were refused by name", PATIENCE, || Ok(refused() >= CONNECTIONS))?;
+    wait_until("all were refused by name", PATIENCE, || {
+        Ok(refused() >= CONNECTIONS)
+    })?;
     let lines = pair.backup.numbers("refused", "count").len();
-    ensure!(lines < 1000, "{lines} lines in the log for {CONNECTIONS} connections");
+    ensure!(
+        lines < 1000,
+        "{lines} lines in the log for {CONNECTIONS} connections"
+    );
     pair.kill_host()?;
     check_survivor(&mut pair)?;
     Ok(())
@@ -121,7 +152,9 @@ fn eavesdrop(stage: &Stage, setup: &bench::pair::Setup) -> Result<Vec<Vec<u8>>> 
     let mut heard = Vec::new();
     listener.set_nonblocking(true)?;
     wait_until("a primary speaks", PATIENCE, || {
-        let Ok((mut stream, _)) = listener.accept() else { return Ok(false) };
+        let Ok((mut stream, _)) = listener.accept() else {
+            return Ok(false);
+        };
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
         let mut bytes = vec![0; 64 << 10];
@@ -140,7 +173,9 @@ fn eavesdrop(stage: &Stage, setup: &bench::pair::Setup) -> Result<Vec<Vec<u8>>> 
 /// A daemon's own memory: without the guest's RAM and the slots, which are shared.
 fn anonymous_kib(process: &Process) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
     let text = line.context("no RssAnon")?.trim().trim_end_matches(" kB");
     Ok(text.parse()?)
 }

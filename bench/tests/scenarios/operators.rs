@@ -41,8 +41,14 @@ fn detached_and_attached_again(stage: &Stage) -> Result<()> {
     let mut pair = stage.pair(&setup)?;
     wait_epochs(&mut pair.primary, 5)?;
     operate(&pair.primary, "detach")?;
-    ensure!(exit_code(&mut pair.primary)? == 0, "the primary's daemon: not a clean end");
-    ensure!(exit_code(&mut pair.backup)? == 0, "the backup did not stand down");
+    ensure!(
+        exit_code(&mut pair.primary)? == 0,
+        "the primary's daemon: not a clean end"
+    );
+    ensure!(
+        exit_code(&mut pair.backup)? == 0,
+        "the backup did not stand down"
+    );
     guest_runs(&pair)?;
 
     let mut second = stage.new_backup("second", &setup, &pair.peer)?;
@@ -63,12 +69,21 @@ fn moved_there_and_back(stage: &Stage) -> Result<()> {
     operate(&pair.primary, "switchover")?;
     let moved = pair.backup.wait_event("failover", PATIENCE)?;
     ensure!(moved["reason"] == "switchover", "{moved}");
-    ensure!(exit_code(&mut pair.primary)? == 0, "the primary's daemon: not a clean end");
-    ensure!(pair.guest.wait(PATIENCE)?.is_some(), "the old guest was not ended");
+    ensure!(
+        exit_code(&mut pair.primary)? == 0,
+        "the primary's daemon: not a clean end"
+    );
+    ensure!(
+        pair.guest.wait(PATIENCE)?.is_some(),
+        "the old guest was not ended"
+    );
     pair.wait_ticking(10, PATIENCE)?;
 
     operate(&pair.backup, "detach")?;
-    ensure!(exit_code(&mut pair.backup)? == 0, "the backup's daemon: not a clean end");
+    ensure!(
+        exit_code(&mut pair.backup)? == 0,
+        "the backup's daemon: not a clean end"
+    );
     let mut home = stage.new_backup("home", &setup, &pair.peer)?;
     let qmp = stage.dir().join("standby.qmp");
     let mut primary = stage.new_primary("there", &setup, &pair.peer, &qmp)?;
@@ -76,8 +91,14 @@ fn moved_there_and_back(stage: &Stage) -> Result<()> {
     wait_epochs(&mut primary, 5)?;
     operate(&primary, "switchover")?;
     home.daemon.wait_event("failover", PATIENCE)?;
-    ensure!(exit_code(&mut primary)? == 0, "the primary's daemon: not a clean end");
-    ensure!(pair.standby.wait(PATIENCE)?.is_some(), "the old guest was not ended");
+    ensure!(
+        exit_code(&mut primary)? == 0,
+        "the primary's daemon: not a clean end"
+    );
+    ensure!(
+        pair.standby.wait(PATIENCE)?.is_some(),
+        "the old guest was not ended"
+    );
     survivor_runs(&home)
 }
 
@@ -86,14 +107,22 @@ fn device_is_plugged_while_protected(stage: &Stage) -> Result<()> {
     let mut setup = stage.boot_sector()?;
     let mut arguments = json!({ "driver": "virtio-rng-pci", "id": "plugged" });
     if stage.kind.machine == "q35" {
-        setup.guest.devices.push("pcie-root-port,id=port0,chassis=1".into());
+        setup
+            .guest
+            .devices
+            .push("pcie-root-port,id=port0,chassis=1".into());
         arguments["bus"] = "port0".into();
     }
     let mut pair = stage.pair(&setup)?;
     wait_epochs(&mut pair.primary, 5)?;
     stage.qmp("guest")?.call("device_add", arguments)?;
-    let names_it = |event: &serde_json::Value| event["text"].as_str().is_some_and(|t| t.contains("plugged"));
-    pair.primary.wait_for("word of the device", PATIENCE, names_it)?;
+    let names_it = |event: &serde_json::Value| {
+        event["text"]
+            .as_str()
+            .is_some_and(|t| t.contains("plugged"))
+    };
+    pair.primary
+        .wait_for("word of the device", PATIENCE, names_it)?;
     guest_runs(&pair)
 }
 
@@ -106,9 +135,14 @@ fn guest_runs(pair: &Pair) -> Result<()> {
 
 fn survivor_runs(backup: &crate::stage::Backup) -> Result<()> {
     let mut qmp = bench::qmp::Qmp::connect(&backup.dir.join("standby.test"))?;
-    ensure!(run_state(&mut qmp)? == "running", "the survivor does not run");
+    ensure!(
+        run_state(&mut qmp)? == "running",
+        "the survivor does not run"
+    );
     let memory = bench::memory::Memory::open(backup.standby.pid(), &qmp.human("info ramblock")?)?;
     let first = memory.read_u64(0x8000)?;
     ensure!(first > 0, "the survivor's counter is empty");
-    wait_until("the survivor counts on", PATIENCE, || Ok(memory.read_u64(0x8000)? > first + 10))
+    wait_until("the survivor counts on", PATIENCE, || {
+        Ok(memory.read_u64(0x8000)? > first + 10)
+    })
 }

@@ -1,8 +1,8 @@
 //! What is refused, by name, before anything is touched; and what passes.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::net::TcpListener;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -23,7 +23,7 @@ on_both_qemus! {
     what_is_wrong_is_said_before_anything_runs,
     unreplicated_disks_pass_if_allowed,
     other_guests_are_refused_and_the_right_one_is_not,
-    without_privileges_ram_is_compared,
+    without_privileges_only_own_guests_are_protected,
 }
 
 fn what_can_not_be_protected_is_named(stage: &Stage) -> Result<()> {
@@ -31,7 +31,9 @@ fn what_can_not_be_protected_is_named(stage: &Stage) -> Result<()> {
     let taken = TcpListener::bind(("127.0.0.1", 0))?;
     let port = taken.local_addr()?.port().to_string();
     let disk = format!("{} -device virtio-blk-pci,drive=d", writable_disk(stage)?);
-    let forward = format!("-netdev user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22 -device virtio-net-pci,netdev=n");
+    let forward = format!(
+        "-netdev user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22 -device virtio-net-pci,netdev=n"
+    );
     let cases = [
         ("-device nvme,serial=1", "nvme"),
         ("-device virtio-balloon-pci", "virtio-balloon"),
@@ -43,7 +45,10 @@ fn what_can_not_be_protected_is_named(stage: &Stage) -> Result<()> {
             let line = format!("{PRIMARY} {dry} -- {}", qemu(stage, 32, options)?);
             let (code, said) = talk(stage, &line)?;
             ensure!(code == 3, "{options}: {code}, not 3 (refused): {said}");
-            ensure!(said.contains(named), "{options}: {named} is not named: {said}");
+            ensure!(
+                said.contains(named),
+                "{options}: {named} is not named: {said}"
+            );
         }
     }
     Ok(())
@@ -55,11 +60,31 @@ fn what_is_wrong_is_said_before_anything_runs(stage: &Stage) -> Result<()> {
     let nowhere = stage.dir().join("nowhere.qmp").display().to_string();
     let cases = [
         (format!("{PRIMARY} --qmp {nowhere}"), 3, nowhere.as_str()),
-        (format!("--mode primary --peer 192.0.2.1:1 -- {qemu}"), 2, "--allow-unauthenticated"),
-        (format!("--mode backup --listen 0.0.0.0:1 -- {qemu}"), 2, "--allow-unauthenticated"),
-        (format!("{PRIMARY} --epoch-ms 0 -- {qemu}"), 2, "expected 1 to 10000"),
-        (format!("{PRIMARY} --qmp {nowhere} -- {qemu}"), 2, "exclude each other"),
-        (format!("{PRIMARY} --dry-run -- {qemu}"), 0, "memory-backend-memfd"),
+        (
+            format!("--mode primary --peer 192.0.2.1:1 -- {qemu}"),
+            2,
+            "--allow-unauthenticated",
+        ),
+        (
+            format!("--mode backup --listen 0.0.0.0:1 -- {qemu}"),
+            2,
+            "--allow-unauthenticated",
+        ),
+        (
+            format!("{PRIMARY} --epoch-ms 0 -- {qemu}"),
+            2,
+            "expected 1 to 10000",
+        ),
+        (
+            format!("{PRIMARY} --qmp {nowhere} -- {qemu}"),
+            2,
+            "exclude each other",
+        ),
+        (
+            format!("{PRIMARY} --dry-run -- {qemu}"),
+            0,
+            "memory-backend-memfd",
+        ),
     ];
     for (line, expected, named) in cases {
         let (code, said) = talk(stage, &line)?;
@@ -99,7 +124,10 @@ fn other_guests_are_refused_and_the_right_one_is_not(stage: &Stage) -> Result<()
         let line = format!("--mode primary --peer {peer} --vm-id {vm} -- {qemu}");
         let (code, said) = talk(stage, &line)?;
         ensure!(code == 3, "{qemu} as {vm}: {code}, not 3 (refused): {said}");
-        ensure!(said.contains(named), "{qemu} as {vm}: {named} is not named: {said}");
+        ensure!(
+            said.contains(named),
+            "{qemu} as {vm}: {named} is not named: {said}"
+        );
     }
     backup.wait_event("refused", PATIENCE)?;
 
@@ -110,8 +138,8 @@ fn other_guests_are_refused_and_the_right_one_is_not(stage: &Stage) -> Result<()
     backup.wait_event("failover", PATIENCE).map(drop)
 }
 
-/// `uffd` says what it lacks; `compare` lacks nothing.
-fn without_privileges_ram_is_compared(stage: &Stage) -> Result<()> {
+/// A user may protect a QEMU of their own, by comparing at least, and nobody else's.
+fn without_privileges_only_own_guests_are_protected(stage: &Stage) -> Result<()> {
     const NOBODY: u32 = 65534;
     let _sweeper = Sweeper::new(stage);
     ensure!(Uid::effective().is_root(), "only root can become nobody: run this test as root");
@@ -121,30 +149,38 @@ fn without_privileges_ram_is_compared(stage: &Stage) -> Result<()> {
     // Where it was built may be closed to others.
     let program = home.join("curling-rdma");
     fs::copy(cache::program()?, &program)?;
-    let start = |tracker: &str| -> Result<Process> {
-        let place = |what: &str| home.join(format!("{tracker}.{what}")).display().to_string();
+    let start = |name: &str, rest: &str| -> Result<Process> {
+        let place = |what: &str| home.join(format!("{name}.{what}")).display().to_string();
         let (control, state, events) = (place("control"), place("state"), place("events"));
         let line = format!(
             "--reuid {NOBODY} --regid {NOBODY} --clear-groups -- {} {PRIMARY} --vm-id test \
-             --tracker {tracker} --control {control} --state-dir {state} --events {events} -- {}",
+             --control {control} --state-dir {state} --events {events} {rest}",
             program.display(),
-            qemu(stage, 32, "")?,
         );
-        Process::start(stage.dir(), tracker, "setpriv", &words(&line))
+        Process::start(stage.dir(), name, "setpriv", &words(&line))
     };
-    let mut uffd = start("uffd")?;
-    let code = uffd.wait(PATIENCE)?.context("it does not end")?.code();
-    let said = uffd.said();
-    ensure!(code == Some(6), "{code:?}, not 6 (a privilege is missing): {said}");
-    ensure!(said.contains("--tracker compare"), "the way out is not named: {said}");
+
+    let qemu = qemu(stage, 32, "")?;
     for tracker in ["compare", "auto"] {
-        let mut daemon = start(tracker)?;
+        let mut daemon = start(tracker, &format!("--tracker {tracker} -- {qemu}"))?;
         let events = home.join(format!("{tracker}.events"));
-        wait_until("RAM is compared", PATIENCE, || {
+        wait_until("it attaches", PATIENCE, || {
             ensure!(daemon.wait(Duration::ZERO)?.is_none(), "it has ended: {}", daemon.said());
             let events = fs::read_to_string(&events).unwrap_or_default();
-            Ok(events.contains(r#""tracker":"compare""#))
+            Ok(events.contains(r#""event":"attached""#))
         })?;
+    }
+
+    let _others = stage.boot_sector()?.guest.start(stage.dir(), "guest", false)?;
+    stage.qmp("guest")?;
+    let socket = stage.dir().join("guest.qmp");
+    fs::set_permissions(&socket, Permissions::from_mode(0o777))?;
+    for tracker in ["uffd", "compare"] {
+        let rest = format!("--tracker {tracker} --qmp {}", socket.display());
+        let mut daemon = start(&format!("others-{tracker}"), &rest)?;
+        let code = daemon.wait(PATIENCE)?.context("it does not end")?.code();
+        let said = daemon.said();
+        ensure!(code == Some(6), "{code:?}, not 6 (a privilege is missing): {said}");
     }
     Ok(())
 }
@@ -163,26 +199,50 @@ fn qemu(stage: &Stage, ram_mib: u32, options: &str) -> Result<String> {
 
 /// Of this stage alone.
 fn name(stage: &Stage) -> String {
-    stage.dir().file_name().unwrap_or_default().to_string_lossy().into_owned()
+    stage
+        .dir()
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn writable_disk(stage: &Stage) -> Result<String> {
     let path = stage.dir().join("disk.img");
     File::create(&path)?.set_len(1 << 20)?;
-    Ok(format!("-drive if=none,id=d,format=raw,file={}", path.display()))
+    Ok(format!(
+        "-drive if=none,id=d,format=raw,file={}",
+        path.display()
+    ))
 }
 
 /// Runs the program to its end: its exit code and all that it has said.
 fn talk(stage: &Stage, line: &str) -> Result<(i32, String)> {
-    let place = |what: &str| stage.dir().join(format!("talk.{what}")).display().to_string();
+    let place = |what: &str| {
+        stage
+            .dir()
+            .join(format!("talk.{what}"))
+            .display()
+            .to_string()
+    };
     let (front, back) = line.split_once(" -- ").unwrap_or((line, ""));
-    let back = if back.is_empty() { String::new() } else { format!("-- {back}") };
-    let files = format!("--control {} --state-dir {}", place("control"), place("state"));
+    let back = if back.is_empty() {
+        String::new()
+    } else {
+        format!("-- {back}")
+    };
+    let files = format!(
+        "--control {} --state-dir {}",
+        place("control"),
+        place("state")
+    );
     let line = words(&format!("{front} {files} {back}"));
     let mut process = Process::start(stage.dir(), "talk", cache::program()?, &line)?;
     let status = process.wait(PATIENCE)?;
     let status = status.with_context(|| format!("{line:?} does not end: {}", process.said()))?;
-    let code = status.code().with_context(|| format!("ended by {status}: {}", process.said()))?;
+    let code = status
+        .code()
+        .with_context(|| format!("ended by {status}: {}", process.said()))?;
     Ok((code, process.said()))
 }
 
@@ -195,7 +255,9 @@ fn find(name: &str) -> Result<Vec<Pid>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let mut arguments = line.split(|byte| *byte == 0);
         if arguments.any(|argument| argument == name.as_bytes()) {

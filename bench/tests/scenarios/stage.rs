@@ -32,11 +32,19 @@ pub(crate) struct Kind {
 
 impl Kind {
     pub(crate) fn stable() -> Kind {
-        Kind { qemu: "qemu-system-x86_64".into(), machine: "pc", vcpus: 1 }
+        Kind {
+            qemu: "qemu-system-x86_64".into(),
+            machine: "pc",
+            vcpus: 1,
+        }
     }
 
     pub(crate) fn newer() -> Result<Kind> {
-        Ok(Kind { qemu: cache::qemu_10()?, machine: "q35", vcpus: 2 })
+        Ok(Kind {
+            qemu: cache::qemu_10()?,
+            machine: "q35",
+            vcpus: 2,
+        })
     }
 }
 
@@ -49,8 +57,13 @@ pub(crate) struct Stage {
 
 /// Runs a scenario, and shows all logs if it fails.
 pub(crate) fn run(name: &str, kind: Kind, scenario: fn(&Stage) -> Result<()>) -> Result<()> {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let stage = Stage { place: Workplace::new(name)?, kind };
+    let _one = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let stage = Stage {
+        place: Workplace::new(name)?,
+        kind,
+    };
     let result = scenario(&stage);
     if result.is_err() {
         show_logs(stage.dir());
@@ -75,7 +88,12 @@ impl Stage {
         // Proof of death doesn't wait for it, and a machine that is busy with other tests may keep
         // a daemon off its processors for longer than the default.
         let options = ["--failover-after-ms", "8000"].map(str::to_owned).to_vec();
-        Ok(Setup { guest, watch: Watch::AllRam, floors: false, options })
+        Ok(Setup {
+            guest,
+            watch: Watch::AllRam,
+            floors: false,
+            options,
+        })
     }
 
     /// Linux; only its counter is watched.
@@ -125,15 +143,30 @@ impl Stage {
         let qmp = dir.join("standby.qmp").display().to_string();
         let options = ["--listen".into(), peer.to_owned(), "--qmp".into(), qmp];
         let daemon = Daemon::start(&dir, "backup", &options)?;
-        Ok(Backup { daemon, standby, dir })
+        Ok(Backup {
+            daemon,
+            standby,
+            dir,
+        })
     }
 
     /// Starts another primary's daemon for the QEMU of this QMP socket.
-    pub(crate) fn new_primary(&self, name: &str, setup: &Setup, peer: &str, qmp: &Path) -> Result<Daemon> {
+    pub(crate) fn new_primary(
+        &self,
+        name: &str,
+        setup: &Setup,
+        peer: &str,
+        qmp: &Path,
+    ) -> Result<Daemon> {
         let dir = self.dir().join(name);
         std::fs::create_dir(&dir)?;
         let qmp = qmp.display().to_string();
-        let mut options = vec!["--peer".to_owned(), peer.to_owned(), "--qmp".to_owned(), qmp];
+        let mut options = vec![
+            "--peer".to_owned(),
+            peer.to_owned(),
+            "--qmp".to_owned(),
+            qmp,
+        ];
         options.extend(setup.options.iter().cloned());
         Daemon::start(&dir, "primary", &options)
     }
@@ -151,18 +184,28 @@ pub(crate) struct Backup {
 /// that it names.
 pub(crate) fn check_survivor(pair: &mut Pair) -> Result<Value> {
     let failover = pair.backup.wait_event("failover", PATIENCE)?;
-    let epoch = failover["epoch"].as_u64().context("the failover names no epoch")?;
+    let epoch = failover["epoch"]
+        .as_u64()
+        .context("the failover names no epoch")?;
     pair.taken(|taken| {
         let numbers: Vec<u64> = taken.boundaries.iter().map(|b| b.number).collect();
         let boundary = taken.boundaries.iter().find(|b| b.number == epoch);
         let boundary = boundary.with_context(|| format!("epoch {epoch} is not in {numbers:?}"))?;
         let Some(copy) = &boundary.copy else {
-            let first = taken.standby_tick.context("the standby's counter was not read")?;
+            let first = taken
+                .standby_tick
+                .context("the standby's counter was not read")?;
             let last = boundary.tick;
-            ensure!(first == last || first == last + 1, "resumed at {first} instead of {last}");
+            ensure!(
+                first == last || first == last + 1,
+                "resumed at {first} instead of {last}"
+            );
             return Ok(());
         };
-        let standby = taken.standby.as_ref().context("the standby was not copied")?;
+        let standby = taken
+            .standby
+            .as_ref()
+            .context("the standby was not copied")?;
         match copy.difference(standby) {
             Some(difference) => bail!("epoch {epoch} is torn: {difference}"),
             None => Ok(()),
@@ -176,7 +219,10 @@ pub(crate) fn check_survivor(pair: &mut Pair) -> Result<Value> {
 pub(crate) fn wait_epochs(primary: &mut Daemon, more: usize) -> Result<()> {
     let wanted = primary.numbers("epoch", "epoch").len() + more;
     wait_until("epochs go on", PATIENCE, || {
-        ensure!(primary.process.wait(Duration::ZERO)?.is_none(), "the daemon has ended");
+        ensure!(
+            primary.process.wait(Duration::ZERO)?.is_none(),
+            "the daemon has ended"
+        );
         Ok(primary.numbers("epoch", "epoch").len() >= wanted)
     })
 }
@@ -185,7 +231,9 @@ pub(crate) fn wait_epochs(primary: &mut Daemon, more: usize) -> Result<()> {
 pub(crate) fn exit_code(daemon: &mut Daemon) -> Result<i32> {
     let status = daemon.process.wait(PATIENCE)?;
     let status = status.with_context(|| format!("{} does not end", daemon.process.name))?;
-    status.code().with_context(|| format!("{} ended by {status}", daemon.process.name))
+    status
+        .code()
+        .with_context(|| format!("{} ended by {status}", daemon.process.name))
 }
 
 /// Says something to a daemon, as an operator.
@@ -196,7 +244,11 @@ pub(crate) fn operate(daemon: &Daemon, what: &str) -> Result<Output> {
         .arg(&daemon.control)
         .output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "{what} ended with {}: {said}", output.status);
+    ensure!(
+        output.status.success(),
+        "{what} ended with {}: {said}",
+        output.status
+    );
     Ok(output)
 }
 
@@ -212,7 +264,10 @@ pub(crate) fn wait_until(
 ) -> Result<()> {
     let deadline = Instant::now() + patience;
     while !is_so()? {
-        ensure!(Instant::now() < deadline, "waited {patience:?} in vain: {what}");
+        ensure!(
+            Instant::now() < deadline,
+            "waited {patience:?} in vain: {what}"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
     Ok(())
@@ -223,7 +278,10 @@ pub(crate) fn ram_file(qemu: &Process) -> Result<PathBuf> {
     for entry in std::fs::read_dir(format!("/proc/{}/fd", qemu.pid()))? {
         let path = entry?.path();
         let target = std::fs::read_link(&path).unwrap_or_default();
-        if target.to_string_lossy().starts_with("/memfd:memory-backend-memfd") {
+        if target
+            .to_string_lossy()
+            .starts_with("/memfd:memory-backend-memfd")
+        {
             return Ok(path);
         }
     }
@@ -231,7 +289,9 @@ pub(crate) fn ram_file(qemu: &Process) -> Result<PathBuf> {
 }
 
 fn show_logs(dir: &Path) {
-    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return;
+    };
     for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
         if path.is_dir() {
             show_logs(&path);
