@@ -7,7 +7,6 @@ use anyhow::{Context, Result, ensure};
 use bench::pair::{Pair, Watch};
 use bench::process::Process;
 use bench::qmp::Qmp;
-use bench::qmp::Qmp;
 use serde_json::json;
 
 use crate::on_both_qemus;
@@ -82,7 +81,6 @@ fn stopped_guest_survives_stopped_with_its_screen(stage: &Stage) -> Result<()> {
     let mut setup = stage.boot_sector()?;
     setup.guest.vga = true;
     setup.watch = Watch::Tick;
-    setup.watch = Watch::Tick;
     let mut pair = stage.pair(&setup)?;
     wait_epochs(&mut pair.primary, 5)?;
     stop(&pair, &mut stage.qmp("guest")?)?;
@@ -113,16 +111,6 @@ fn stop(pair: &Pair, qmp: &mut Qmp) -> Result<()> {
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(!pair.primary.numbers("guest_stopped", "time_us").is_empty())
-    })
-}
-
-/// Stops the guest as an operator does. QEMU tells nobody of a `stop` while the guest stands still
-/// at a boundary, and the end of the boundary undoes it: whoever means it looks, and says it again.
-fn stop(pair: &mut Pair, qmp: &mut Qmp) -> Result<()> {
-    wait_until("the guest is stopped", PATIENCE, || {
-        qmp.call("stop", json!({}))?;
-        let event = pair.primary.wait_event("guest_stopped", Duration::from_secs(1));
-        Ok(event.is_ok())
     })
 }
 
