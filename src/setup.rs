@@ -81,6 +81,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
             if settings.dry_run {
                 return show(&mut nursery, Role::Primary, settings);
             }
+            refuse_second_copy(&store, settings)?;
             let born = nursery.bear(Role::Primary)?;
             (Some(nursery), born)
         }
@@ -266,6 +267,19 @@ fn attach(socket: &std::path::Path) -> anyhow::Result<Born> {
     let mut qmp = Qmp::connect(socket, ANSWER_PATIENCE)?;
     let process = QemuProcess::attach(&mut qmp, socket, ANSWER_PATIENCE)?;
     Ok(Born { process, qmp })
+}
+
+/// A host that died while its guest was protected must not start a second copy of it.
+fn refuse_second_copy(store: &StateStore, settings: &Settings) -> anyhow::Result<()> {
+    if !store.load().protected {
+        return Ok(());
+    }
+    bail!(
+        "the VM {} was protected when its daemon on this host ended, so its backup may run it now: \
+         look there (curling-rdma status --mode backup). If it runs nowhere, remove {} and start again",
+        settings.vm_id,
+        store.path().display()
+    )
 }
 
 /// `--dry-run`: the command line, why it is as it is, and whether its VM could be protected.

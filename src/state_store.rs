@@ -89,6 +89,11 @@ impl StateStore {
     }
 
     /// What was stored last.
+    /// Where it is, for messages.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     pub(crate) fn load(&self) -> State {
         self.latest.state
     }
