@@ -17,7 +17,7 @@ use qemu_bridge::tracker::{Tracker, TrackerChoice, TrackerError, UffdTracker, ch
 use crate::guests::{Guest, MainRam};
 use crate::support::{PATIENCE, TestDir, newer_qemu, qemus};
 
-const INJECTIONS: usize = 300;
+const INJECTIONS: usize = 60;
 
 fn descriptors(pid: i32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd"))
@@ -47,7 +47,7 @@ fn status_of_vm(qmp: &mut Qmp) -> String {
 }
 
 #[test]
-fn hundreds_of_injections_between_signals_and_commands_leave_no_trace() {
+fn many_injections_between_signals_and_commands_leave_no_trace() {
     for qemu in qemus() {
         let mut guest = Guest::touching(&qemu, &["-accel", "tcg"], MainRam::Shared);
         let pid = guest.vm.process.pid();
