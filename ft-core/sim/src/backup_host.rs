@@ -59,6 +59,8 @@ pub enum Job {
         epoch: Epoch,
         chunks: Vec<ChunkId>,
         audit: Option<Vec<u64>>,
+        /// Which image it belongs to.
+        image: u64,
     },
 }
 
@@ -411,10 +413,12 @@ impl World {
                 if daemon.rehearsing {
                     return self.violation("an apply starts during a rehearsal");
                 }
+                let image = self.checks.images;
                 self.backup_work(Job::Apply {
                     epoch,
                     chunks,
                     audit,
+                    image,
                 });
             }
             Action::Free(chunks) => {

@@ -30,6 +30,8 @@ pub struct Checks {
     pub standby_damaged: bool,
     /// It was once: an image that is known to be wrong is not activated.
     pub damaged_once: bool,
+    /// How often the image was forgotten: a later one has boundaries of its own.
+    pub images: u64,
     pub acknowledged: u64,
     pub failovers: u64,
     pub late_writes: u64,
@@ -52,6 +54,7 @@ impl Checks {
 
     pub fn image_forgotten(&mut self) {
         self.boundaries.clear();
+        self.images += 1;
         self.standby_damaged = false;
     }
 }

@@ -136,7 +136,11 @@ impl World {
                 epoch,
                 chunks,
                 audit,
-            } => self.apply(epoch, &chunks, audit),
+                image,
+            } => {
+                let current = image == self.checks.images;
+                self.apply(epoch, &chunks, audit, current)
+            }
         };
         self.schedule_backup_worker();
         if let Some(input) = input {
@@ -149,6 +153,7 @@ impl World {
         epoch: Epoch,
         chunks: &[ChunkId],
         digest: Option<Vec<u64>>,
+        current: bool,
     ) -> Option<Input<'static>> {
         let fails = std::mem::take(&mut self.backup.apply_fails);
         let daemon = self.backup.daemon.as_mut()?;
@@ -172,7 +177,7 @@ impl World {
             );
         }
         if fails {
-            self.checks.standby_damaged = true;
+            self.checks.standby_damaged |= current;
             self.checks.damaged_once = true;
             return Some(Input::ApplyFailed {
                 text: "the simulator says so".to_owned(),
@@ -195,10 +200,13 @@ impl World {
                 .collect::<Vec<u16>>()
         };
         let audit = digest.map(differing);
-        if full {
+        if full && current {
             self.checks.standby_damaged = false;
         }
-        self.check_applied(epoch, device, audit.as_deref());
+        // The apply of an image that was forgotten meanwhile has nothing to be held against.
+        if current {
+            self.check_applied(epoch, device, audit.as_deref());
+        }
         Some(Input::Applied { epoch, audit })
     }
 }
