@@ -32,9 +32,9 @@ pub type Hook = Box<dyn FnMut(&str) + Send>;
 /// What the proxy has seen.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// STOP → RESUME of the daemon's boundaries, as QEMU has stamped them, in microseconds.
-    pub pauses_us: Vec<u64>,
-    /// The same of our own boundaries.
+    /// Of the daemon's boundaries, in their order.
+    pub pauses: Vec<Pause>,
+    /// STOP → RESUME of our own boundaries.
     pub floors_us: Vec<u64>,
     /// Boundaries of the daemon that have begun.
     pub stops: u64,
@@ -42,10 +42,18 @@ pub struct Seen {
     pub resumed_at_us: u64,
 }
 
+/// STOP → RESUME as QEMU has stamped them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// Microseconds since 1970.
+    pub began_us: u64,
+    pub took_us: u64,
+}
+
 impl Seen {
     /// Whether the guest stands still for the daemon: more boundaries have begun than ended.
     pub fn in_boundary(&self) -> bool {
-        self.stops > self.pauses_us.len() as u64
+        self.stops > self.pauses.len() as u64
     }
 }
 
@@ -260,8 +268,12 @@ impl Relay {
             Some("RESUME") => {
                 seen.resumed_at_us = at;
                 if let Some(stopped) = stopped_at.take() {
-                    let list = if ours { &mut seen.floors_us } else { &mut seen.pauses_us };
-                    list.push(at.saturating_sub(stopped));
+                    let took_us = at.saturating_sub(stopped);
+                    if ours {
+                        seen.floors_us.push(took_us);
+                    } else {
+                        seen.pauses.push(Pause { began_us: stopped, took_us });
+                    }
                 }
             }
             Some(_) => return Ok(false),

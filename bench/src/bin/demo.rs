@@ -71,11 +71,15 @@ fn run(arguments: &Arguments) -> Result<()> {
     say(&format!("protected; the guest counts, and is at {before}"));
     wait_epochs(&mut pair, arguments)?;
     // In the middle of whatever it is at.
-    std::thread::sleep(Duration::from_micros(arguments.seed.wrapping_mul(7919) % 40_000));
+    std::thread::sleep(Duration::from_micros(
+        arguments.seed.wrapping_mul(7919) % 40_000,
+    ));
 
     say("SIGKILL to the guest's QEMU and its daemon: the host is dead");
     let killed_us = pair.kill_host()?;
-    let failover = pair.backup.wait_event("failover", Duration::from_secs(20))?;
+    let failover = pair
+        .backup
+        .wait_event("failover", Duration::from_secs(20))?;
     pair.wait_ticking(500, Duration::from_secs(30))?;
     let report = report(&pair, &setup, killed_us, &failover)?;
     let text = serde_json::to_string_pretty(&report)?;
@@ -99,7 +103,11 @@ fn wait_epochs(pair: &mut Pair, arguments: &Arguments) -> Result<()> {
     let enough = Duration::from_secs(arguments.seconds);
     loop {
         std::thread::sleep(Duration::from_millis(250));
-        ensure!(pair.primary.process.wait(Duration::ZERO)?.is_none(), "{}", pair.primary.process.said());
+        ensure!(
+            pair.primary.process.wait(Duration::ZERO)?.is_none(),
+            "{}",
+            pair.primary.process.said()
+        );
         let epochs = pair.primary.numbers("epoch", "epoch").len();
         let audits = pair.primary.numbers("audit", "epoch").len();
         if began.elapsed() >= enough && epochs >= EPOCHS_MIN && audits >= 10 {
@@ -114,32 +122,31 @@ fn wait_epochs(pair: &mut Pair, arguments: &Arguments) -> Result<()> {
 }
 
 fn report(pair: &Pair, setup: &Setup, killed_us: u64, failover: &Value) -> Result<Value> {
-    let attached = pair.primary.events().into_iter().find(|e| e["event"] == "attached");
+    let attached = pair
+        .primary
+        .events()
+        .into_iter()
+        .find(|e| e["event"] == "attached");
     let attached = attached.context("no attached event")?;
     let epochs = pair.primary.numbers("epoch", "epoch");
     let audits = pair.primary.events();
     let audits: Vec<_> = audits.iter().filter(|e| e["event"] == "audit").collect();
     let mismatches = audits.iter().filter(|e| e["ok"] != true).count();
-    // Audited boundaries hash all of RAM while the guest stands still: they are not pauses of
-    // the product's ordinary operation, and are left out by the epoch's own record.
-    let pauses = pair.guest_proxy.seen(|seen| seen.pauses_us.clone());
-    let ordinary: Vec<u64> = pair
-        .primary
-        .events()
-        .iter()
-        .filter(|e| e["event"] == "epoch")
-        .filter(|e| e["epoch"].as_u64().is_some_and(|n| n % AUDIT_EVERY != 0))
-        .filter_map(|e| e["pause_us"].as_u64())
-        .collect();
+    let boundaries = boundaries(pair);
+    // Audited boundaries hash all of RAM while the guest stands still: they have their own line.
+    let (audited, ordinary) = pauses(pair, &boundaries);
     let floors = pair.guest_proxy.seen(|seen| seen.floors_us.clone());
     let resumed_us = pair.standby_proxy.seen(|seen| seen.resumed_at_us);
-    let epoch = failover["epoch"].as_u64().context("the failover names no epoch")?;
-    let (acknowledged, first) = pair.taken(|taken| {
-        let boundary = taken.boundaries.iter().find(|b| b.number == epoch).map(|b| b.tick);
-        (boundary, taken.standby_tick)
-    });
-    let acknowledged = acknowledged.context("no copy of the acknowledged boundary")?;
-    let first = first.context("the standby's counter was not seen")?;
+    let epoch = failover["epoch"]
+        .as_u64()
+        .context("the failover names no epoch")?;
+    let of_epoch = boundaries.iter().rev().find(|b| b.epoch == epoch);
+    let acknowledged = of_epoch
+        .context("no look at the acknowledged boundary")?
+        .tick;
+    let first = pair
+        .taken(|taken| taken.standby_tick)
+        .context("the standby's counter was not seen")?;
     Ok(json!({
         "qemu": attached["qemu_version"],
         "accel": attached["accel"],
@@ -148,8 +155,8 @@ fn report(pair: &Pair, setup: &Setup, killed_us: u64, failover: &Value) -> Resul
         "transport": "tcp",
         "tracker": attached["tracker"],
         "epochs": epochs.len(),
-        "pause_us": quantiles(&trim(&pauses, ordinary.len())),
-        "daemon_pause_us": quantiles(&ordinary),
+        "pause_us": quantiles(&ordinary),
+        "pause_with_audit_us": quantiles(&audited),
         "floor_us": quantiles(&floors),
         "floors": floors.len(),
         "commit_us": quantiles(&pair.primary.numbers("epoch", "commit_us")),
@@ -170,21 +177,77 @@ fn report(pair: &Pair, setup: &Setup, killed_us: u64, failover: &Value) -> Resul
     }))
 }
 
-/// Without the longest ones, as many as there were audits.
-fn trim(pauses: &[u64], ordinary: usize) -> Vec<u64> {
-    let mut sorted = pauses.to_vec();
-    sorted.sort_unstable();
-    sorted.truncate(ordinary.min(sorted.len()));
-    sorted
+/// A boundary that was seen at the proxy.
+#[derive(Clone, Copy, Debug)]
+struct Boundary {
+    epoch: u64,
+    cont_us: u64,
+    tick: u64,
+}
+
+/// Gives every boundary its epoch: the first whose acknowledgement was counted from a `cont` that
+/// was not earlier. An aborted boundary gets the epoch that took its dirt over. Behind the last
+/// acknowledged epoch there can be one more.
+fn boundaries(pair: &Pair) -> Vec<Boundary> {
+    let resumed: Vec<(u64, u64)> = (pair.primary.events().iter())
+        .filter(|e| e["event"] == "epoch")
+        .filter_map(|e| {
+            let written_us = e["time_us"].as_u64()?;
+            Some((written_us - e["commit_us"].as_u64()?, e["epoch"].as_u64()?))
+        })
+        .collect();
+    let next = resumed.last().map_or(1, |(_, epoch)| epoch + 1);
+    let seen: Vec<_> =
+        pair.taken(|taken| taken.boundaries.iter().map(|b| (b.at_us, b.tick)).collect());
+    let epoch = |cont_us| {
+        resumed
+            .iter()
+            .find(|(at, _)| *at >= cont_us)
+            .map_or(next, |(_, e)| *e)
+    };
+    let named = |(cont_us, tick)| Boundary {
+        epoch: epoch(cont_us),
+        cont_us,
+        tick,
+    };
+    seen.into_iter().map(named).collect()
+}
+
+/// The pauses in microseconds: of audited boundaries, and of all others.
+fn pauses(pair: &Pair, boundaries: &[Boundary]) -> (Vec<u64>, Vec<u64>) {
+    let (mut audited, mut ordinary) = (Vec::new(), Vec::new());
+    for pause in pair.guest_proxy.seen(|seen| seen.pauses.clone()) {
+        let during = pause.began_us..=pause.began_us + pause.took_us;
+        // Without a save it is no boundary: the test at the attach that writes are seen.
+        let Some(boundary) = boundaries.iter().find(|b| during.contains(&b.cont_us)) else {
+            continue;
+        };
+        let list = if boundary.epoch % AUDIT_EVERY == 0 {
+            &mut audited
+        } else {
+            &mut ordinary
+        };
+        list.push(pause.took_us);
+    }
+    (audited, ordinary)
 }
 
 fn check(report: &Value) -> Result<()> {
     let number = |a: &str, b: &str| report[a][b].as_u64().unwrap_or(u64::MAX);
-    ensure!(report["audits"]["mismatches"] == 0, "an audit found a difference");
-    ensure!(number("guest", "ticks_lost") == 0, "the guest lost acknowledged counts");
+    ensure!(
+        report["audits"]["mismatches"] == 0,
+        "an audit found a difference"
+    );
+    ensure!(
+        number("guest", "ticks_lost") == 0,
+        "the guest lost acknowledged counts"
+    );
     let last = number("guest", "last_tick_acknowledged");
     let first = number("guest", "first_tick_after");
-    ensure!(first == last || first == last + 1, "the guest resumed at {first}, not {last}");
+    ensure!(
+        first == last || first == last + 1,
+        "the guest resumed at {first}, not {last}"
+    );
     Ok(())
 }
 
