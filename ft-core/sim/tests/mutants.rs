@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Enough for every mutant many times over; the run stops at the fifth violation.
-const SEEDS: &str = "1500";
+const SEEDS: &str = "600";
 
 /// The copy of the sources, removed again whatever happens.
 struct Copy {
