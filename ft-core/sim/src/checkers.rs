@@ -26,6 +26,8 @@ pub struct Checks {
     pub activated: Option<u64>,
     /// The operator has declared that he prefers availability.
     pub declared: bool,
+    /// The guest runs on without the backup that it had.
+    pub backup_lost: bool,
     /// The standby's RAM is known to be damaged until a full epoch is applied.
     pub standby_damaged: bool,
     /// It was once: an image that is known to be wrong is not activated.
@@ -242,8 +244,13 @@ impl World {
     }
 
     pub fn primary_report(&mut self, report: &primary::Report) {
-        if let primary::Report::BackupLost { proven: false, .. } = report {
-            self.checks.declared = true;
+        match report {
+            primary::Report::BackupLost { proven, .. } => {
+                self.checks.backup_lost = true;
+                self.checks.declared |= !proven;
+            }
+            primary::Report::Connected => self.checks.backup_lost = false,
+            _ => {}
         }
     }
 

@@ -357,7 +357,7 @@ impl World {
         if status.fenced {
             return Phase::Fenced;
         }
-        if status.state == ft_core::primary::Protection::Unprotected && status.link_up {
+        if self.checks.backup_lost {
             return Phase::Unprotected;
         }
         self.primary.phase
