@@ -159,17 +159,27 @@ fn after_ack(pair: &mut Pair, aim: Phase, draw: u64) -> Result<Kill> {
             _ => IDLE_AFTER + Duration::from_micros(draw % 4000),
         };
         let epoch = relay(pair)?.stop_at(Stop::Freeze { backup, after }, PATIENCE)?;
+        // An apply stays as it is while the backup is frozen; the primary goes on, so an idle one
+        // has to die before one looks.
+        let mut killed = None;
+        if aim == Phase::Idle || attempt + 1 == FREEZES_MAX {
+            killed = Some(pair.kill_host()?);
+        }
+        let pushed_more = relay(pair)?.passed().pushed_epoch > epoch;
+        let in_boundary = pair.guest_proxy.seen(Seen::in_boundary);
         let phase = if !is_applied(pair, epoch)? {
             Phase::Apply
-        } else if relay(pair)?.passed().pushed_epoch > epoch {
+        } else if pushed_more {
             Phase::Push
-        } else if pair.guest_proxy.seen(Seen::in_boundary) {
+        } else if in_boundary {
             Phase::Boundary
         } else {
             Phase::Idle
         };
-        if phase == aim || attempt + 1 == FREEZES_MAX {
-            let at_us = pair.kill_host()?;
+        if killed.is_none() && phase == aim {
+            killed = Some(pair.kill_host()?);
+        }
+        if let Some(at_us) = killed {
             relay(pair)?.host_died();
             pair.backup.process.signal(Signal::SIGCONT)?;
             let newest = epoch + 1;
