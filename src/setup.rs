@@ -392,6 +392,8 @@ fn version_of(shape: &VmShape) -> String {
     property(shape, "qemu-version")
 }
 
+/// The shape says whether it is KVM: the two differ in the device state. Else it is emulation.
 fn accel_of(shape: &VmShape) -> String {
-    property(shape, "accelerator")
+    let is_kvm = property(shape, "accelerator") == "kvm";
+    if is_kvm { "kvm" } else { "tcg" }.to_owned()
 }
