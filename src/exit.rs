@@ -75,10 +75,18 @@ fn is_privilege(cause: Cause<'_>) -> bool {
 
 fn is_refusal(cause: Cause<'_>) -> bool {
     use qemu_bridge::blocks::BlocksError;
+    use qemu_bridge::qmp::QmpError;
     use qemu_bridge::shape::ShapeError;
     use qemu_bridge::spawn::{CommandError, ProcessError};
     use qemu_bridge::tracker::TrackerError;
+    let no_qemu = |error: &QmpError| {
+        matches!(
+            error,
+            QmpError::Connect { .. } | QmpError::NoGreeting { .. }
+        )
+    };
     cause.is::<Refusal>()
+        || cause.downcast_ref().is_some_and(no_qemu)
         || cause.is::<CommandError>()
         || cause.is::<ProcessError>()
         || cause.is::<ShapeError>()
@@ -89,14 +97,24 @@ fn is_refusal(cause: Cause<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use anyhow::{Context, anyhow};
+    use qemu_bridge::qmp::QmpError;
 
     use super::*;
 
     #[test]
     fn an_error_says_why_by_its_causes() {
         let denied = std::io::Error::from_raw_os_error(libc::EACCES);
+        let no_socket = |errno| {
+            let source = std::io::Error::from_raw_os_error(errno);
+            anyhow::Error::new(QmpError::Connect {
+                path: "/s".into(),
+                source,
+            })
+        };
         let cases = [
             (anyhow!("something"), Exit::Other),
+            (no_socket(libc::ENOENT), Exit::Refused),
+            (no_socket(libc::EACCES), Exit::Privilege),
             (
                 anyhow::Error::new(denied).context("opening /dev/kvm"),
                 Exit::Privilege,

@@ -106,7 +106,8 @@ impl Standby {
                 (true, Err(error)) => format!("the standby's QMP connection is gone: {error}"),
                 _ => format!("the standby's QEMU ended: {said}"),
             };
-            let clean = self.shut_down && !alive;
+            // QEMU closes the connection a moment before it is gone.
+            let clean = self.shut_down;
             inputs.push(StandbyInput::Gone { clean, text });
         }
     }
