@@ -84,8 +84,8 @@ fn stopped_guest_survives_stopped_with_its_screen(stage: &Stage) -> Result<()> {
     let mut pair = stage.pair(&setup)?;
     wait_epochs(&mut pair.primary, 5)?;
     stop(&pair, &mut stage.qmp("guest")?)?;
-    wait_epochs(&mut pair.primary, 1)?;
-    let before = screen(stage, "guest")?;
+    wait_quiet(&pair)?;
+    let before = screen(stage, "guest", &mut stage.qmp("guest")?)?;
     ensure!(
         before.iter().skip(16).any(|byte| *byte != 0),
         "the screen is black"
@@ -97,7 +97,10 @@ fn stopped_guest_survives_stopped_with_its_screen(stage: &Stage) -> Result<()> {
         run_state(&mut survivor)? == "paused",
         "a stopped guest was started"
     );
-    ensure!(screen(stage, "standby")? == before, "the screens differ");
+    ensure!(
+        screen(stage, "standby", &mut survivor)? == before,
+        "the screens differ"
+    );
     survivor.call("cont", json!({}))?;
     pair.wait_ticking(10, PATIENCE)
 }
@@ -114,12 +117,20 @@ fn stop(pair: &Pair, qmp: &mut Qmp) -> Result<()> {
     })
 }
 
-fn screen(stage: &Stage, role: &str) -> Result<Vec<u8>> {
+/// A stopped guest has a last epoch: waits until no other has come for a while.
+fn wait_quiet(pair: &Pair) -> Result<()> {
+    let mut last = None;
+    wait_until("epochs cease", PATIENCE, || {
+        let before = last.replace(pair.backup.numbers("flipped", "epoch").len());
+        std::thread::sleep(Duration::from_secs(1));
+        Ok(before == Some(pair.backup.numbers("flipped", "epoch").len()))
+    })
+}
+
+fn screen(stage: &Stage, role: &str, qmp: &mut Qmp) -> Result<Vec<u8>> {
     let path = stage.dir().join(format!("{role}.ppm"));
     let _ = std::fs::remove_file(&path);
-    stage
-        .qmp(role)?
-        .call("screendump", json!({ "filename": path }))?;
+    qmp.call("screendump", json!({ "filename": path }))?;
     std::fs::read(&path).context("reading the screen")
 }
 

@@ -23,7 +23,7 @@ fn backup_is_killed_and_another_attached(stage: &Stage) -> Result<()> {
     pair.standby.signal(Signal::SIGKILL)?;
     let lost = pair.primary.wait_event("backup_lost", PATIENCE)?;
     ensure!(lost["proven"] == true, "its death was not proven: {lost}");
-    guest_runs(&pair)?;
+    guest_runs(stage, &pair)?;
 
     let synced = pair.primary.numbers("synced", "epoch").len();
     let mut second = stage.new_backup("second", &setup, &pair.peer)?;
@@ -45,21 +45,17 @@ fn detached_and_attached_again(stage: &Stage) -> Result<()> {
         exit_code(&mut pair.primary)? == 0,
         "the primary's daemon: not a clean end"
     );
-    ensure!(
-        exit_code(&mut pair.backup)? == 0,
-        "the backup did not stand down"
-    );
-    guest_runs(&pair)?;
+    guest_runs(stage, &pair)?;
 
-    let mut second = stage.new_backup("second", &setup, &pair.peer)?;
+    // The standby waits for the next primary.
     let qmp = stage.dir().join("guest.qmp");
     let mut primary = stage.new_primary("again", &setup, &pair.peer, &qmp)?;
     primary.wait_event("synced", PATIENCE)?;
     wait_epochs(&mut primary, 5)?;
     primary.process.signal(Signal::SIGKILL)?;
     pair.guest.signal(Signal::SIGKILL)?;
-    second.daemon.wait_event("failover", PATIENCE)?;
-    survivor_runs(&second)
+    pair.backup.wait_event("failover", PATIENCE)?;
+    pair.wait_ticking(10, PATIENCE)
 }
 
 fn moved_there_and_back(stage: &Stage) -> Result<()> {
@@ -79,10 +75,11 @@ fn moved_there_and_back(stage: &Stage) -> Result<()> {
     );
     pair.wait_ticking(10, PATIENCE)?;
 
-    operate(&pair.backup, "detach")?;
+    // Its guest is the only copy, which a guardian must leave alone.
+    pair.backup.process.signal(Signal::SIGKILL)?;
     ensure!(
-        exit_code(&mut pair.backup)? == 0,
-        "the backup's daemon: not a clean end"
+        pair.backup.process.wait(PATIENCE)?.is_some(),
+        "the daemon does not die"
     );
     let mut home = stage.new_backup("home", &setup, &pair.peer)?;
     let qmp = stage.dir().join("standby.qmp");
@@ -123,10 +120,14 @@ fn device_is_plugged_while_protected(stage: &Stage) -> Result<()> {
     };
     pair.primary
         .wait_for("word of the device", PATIENCE, names_it)?;
-    guest_runs(&pair)
+    guest_runs(stage, &pair)
 }
 
-fn guest_runs(pair: &Pair) -> Result<()> {
+fn guest_runs(stage: &Stage, pair: &Pair) -> Result<()> {
+    let mut qmp = stage.qmp("guest")?;
+    wait_until("the guest is running", PATIENCE, || {
+        Ok(run_state(&mut qmp)? == "running")
+    })?;
     let first = pair.guest_memory.read_u64(pair.tick_page)?;
     wait_until("the guest counts on", PATIENCE, || {
         Ok(pair.guest_memory.read_u64(pair.tick_page)? > first + 10)
