@@ -11,9 +11,14 @@ pub fn repo() -> PathBuf {
 }
 
 fn cached(name: &str) -> Result<PathBuf> {
-    let cache = std::env::var_os("CURLING_CACHE").map_or_else(|| repo().join(".cache"), PathBuf::from);
+    let cache =
+        std::env::var_os("CURLING_CACHE").map_or_else(|| repo().join(".cache"), PathBuf::from);
     let path = cache.join(name);
-    ensure!(path.exists(), "{} is missing: run scripts/setup", path.display());
+    ensure!(
+        path.exists(),
+        "{} is missing: run scripts/setup",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -57,6 +62,10 @@ pub fn program() -> Result<PathBuf> {
         path.pop();
     }
     let path = path.join("curling-rdma");
-    ensure!(path.exists(), "{} is missing: run cargo build first", path.display());
+    ensure!(
+        path.exists(),
+        "{} is missing: run cargo build first",
+        path.display()
+    );
     Ok(path)
 }

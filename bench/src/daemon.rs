@@ -25,20 +25,35 @@ impl Daemon {
     pub fn start(dir: &Path, mode: &str, arguments: &[String]) -> Result<Daemon> {
         let place = |what: &str| dir.join(format!("{mode}.{what}"));
         let (control, events) = (place("control"), place("events"));
-        let mut line = vec!["--mode".to_owned(), mode.to_owned(), "--vm-id".into(), "test".into()];
-        let files = [("--control", &control), ("--events", &events), ("--state-dir", &place("state"))];
+        let mut line = vec![
+            "--mode".to_owned(),
+            mode.to_owned(),
+            "--vm-id".into(),
+            "test".into(),
+        ];
+        let files = [
+            ("--control", &control),
+            ("--events", &events),
+            ("--state-dir", &place("state")),
+        ];
         for (option, path) in files {
             line.extend([option.to_owned(), path.display().to_string()]);
         }
         line.extend_from_slice(arguments);
         let process = Process::start(dir, &format!("{mode}-daemon"), cache::program()?, &line)?;
-        Ok(Daemon { process, control, events })
+        Ok(Daemon {
+            process,
+            control,
+            events,
+        })
     }
 
     /// All events so far.
     pub fn events(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(&self.events).unwrap_or_default();
-        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+        text.lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()
     }
 
     /// The first event of this kind, as soon as it comes.
@@ -66,10 +81,18 @@ impl Daemon {
                 return Ok(event);
             }
             if let Some(status) = ended {
-                bail!("{} ended ({status}) before {what}:\n{}", self.process.name, self.process.said());
+                bail!(
+                    "{} ended ({status}) before {what}:\n{}",
+                    self.process.name,
+                    self.process.said()
+                );
             }
             if Instant::now() > deadline {
-                bail!("no {what} from {} in {patience:?}:\n{}", self.process.name, self.process.said());
+                bail!(
+                    "no {what} from {} in {patience:?}:\n{}",
+                    self.process.name,
+                    self.process.said()
+                );
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -78,6 +101,10 @@ impl Daemon {
     /// Numbers of one field of all events of a kind.
     pub fn numbers(&self, kind: &str, field: &str) -> Vec<u64> {
         let events = self.events();
-        events.iter().filter(|e| e["event"] == kind).filter_map(|e| e[field].as_u64()).collect()
+        events
+            .iter()
+            .filter(|e| e["event"] == kind)
+            .filter_map(|e| e[field].as_u64())
+            .collect()
     }
 }

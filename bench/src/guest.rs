@@ -54,7 +54,11 @@ impl Guest {
     /// The cache folder is not set up.
     pub fn visible(&self) -> Result<Vec<String>> {
         let cpu = if self.accel == "kvm" { "qemu64" } else { "max" };
-        let accel = if self.accel == "kvm" { "kvm" } else { "tcg,thread=multi" };
+        let accel = if self.accel == "kvm" {
+            "kvm"
+        } else {
+            "tcg,thread=multi"
+        };
         let mut line = words(&format!(
             "-accel {accel} -cpu {cpu} -m {} -smp {} -nodefaults -display none",
             self.ram_mib, self.vcpus
@@ -68,9 +72,14 @@ impl Guest {
         match self.work {
             Work::Tick => {
                 // The serial port is a device of the guest; where it leads is the host's matter.
-                line.extend(words("-netdev user,id=n0 -device virtio-net-pci,netdev=n0,romfile="));
+                line.extend(words(
+                    "-netdev user,id=n0 -device virtio-net-pci,netdev=n0,romfile=",
+                ));
                 line.extend(["-kernel".into(), cache::kernel()?.display().to_string()]);
-                line.extend(["-initrd".into(), cache::tick_initramfs()?.display().to_string()]);
+                line.extend([
+                    "-initrd".into(),
+                    cache::tick_initramfs()?.display().to_string(),
+                ]);
                 line.push("-append".into());
                 line.push(format!(
                     "console=ttyS0 quiet panic=-1 workload_pages={}",
@@ -82,7 +91,9 @@ impl Guest {
                 // An IDE disk can't be read-only, and a writable one would be refused.
                 line.extend(words("-device virtio-blk-pci,drive=boot -drive"));
                 let file = image.display();
-                line.push(format!("if=none,id=boot,file={file},format=raw,read-only=on"));
+                line.push(format!(
+                    "if=none,id=boot,file={file},format=raw,read-only=on"
+                ));
             }
         }
         Ok(line)
@@ -98,16 +109,28 @@ impl Guest {
         line.push(format!("{},memory-backend=ram{plain}", self.machine));
         line.extend(self.visible()?);
         line.push("-object".into());
-        line.push(format!("memory-backend-memfd,id=ram,size={}M,share=on", self.ram_mib));
+        line.push(format!(
+            "memory-backend-memfd,id=ram,size={}M,share=on",
+            self.ram_mib
+        ));
         for (n, name) in ["qmp", "test"].into_iter().enumerate() {
             let _ = n;
             line.push("-qmp".into());
-            line.push(format!("unix:{}/{role}.{name},server=on,wait=off", dir.display()));
+            line.push(format!(
+                "unix:{}/{role}.{name},server=on,wait=off",
+                dir.display()
+            ));
         }
         line.push("-serial".into());
-        line.push(format!("unix:{}/{role}.serial,server=on,wait=off,logfile={}/{role}.console", dir.display(), dir.display()));
+        line.push(format!(
+            "unix:{}/{role}.serial,server=on,wait=off,logfile={}/{role}.console",
+            dir.display(),
+            dir.display()
+        ));
         if standby {
-            line.extend(words("-incoming defer -S -global migration.send-configuration=off"));
+            line.extend(words(
+                "-incoming defer -S -global migration.send-configuration=off",
+            ));
         }
         Process::start(dir, role, &self.qemu, &line)
     }

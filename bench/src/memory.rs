@@ -46,13 +46,22 @@ impl Memory {
         for line in ramblock.lines() {
             let fields: Vec<&str> = line.split_whitespace().collect();
             // NAME SIZE UNIT OFFSET USED TOTAL [HVA RO]
-            let [name, _, "KiB" | "MiB" | "GiB", _, used, total, rest @ ..] = fields.as_slice() else {
+            let [name, _, "KiB" | "MiB" | "GiB", _, used, total, rest @ ..] = fields.as_slice()
+            else {
                 continue;
             };
-            let (Some(used), Some(total)) = (hex(used), hex(total)) else { continue };
+            let (Some(used), Some(total)) = (hex(used), hex(total)) else {
+                continue;
+            };
             let printed = rest.first().and_then(|text| hex(text));
             let is_main = *name == "ram" || name.ends_with("/ram");
-            let address = printed.or_else(|| if is_main { main_ram(&maps) } else { unique(&maps, total) });
+            let address = printed.or_else(|| {
+                if is_main {
+                    main_ram(&maps)
+                } else {
+                    unique(&maps, total)
+                }
+            });
             match address {
                 Some(address) => blocks.push(Block {
                     name: (*name).to_owned(),
@@ -63,9 +72,18 @@ impl Memory {
                 None => missing.push((*name).to_owned()),
             }
         }
-        let file = File::open(format!("/proc/{pid}/mem")).context("opening the process's memory")?;
-        let inodes = blocks.iter().filter_map(|block| inode_at(&maps, block.address)).collect();
-        Ok(Memory { file, blocks, missing, inodes })
+        let file =
+            File::open(format!("/proc/{pid}/mem")).context("opening the process's memory")?;
+        let inodes = blocks
+            .iter()
+            .filter_map(|block| inode_at(&maps, block.address))
+            .collect();
+        Ok(Memory {
+            file,
+            blocks,
+            missing,
+            inodes,
+        })
     }
 
     /// Eight bytes of the main RAM at a guest-physical address below 3 GiB.
@@ -76,7 +94,8 @@ impl Memory {
         let is_main = |b: &&Block| b.name == "ram" || b.name.ends_with("/ram");
         let main = self.blocks.iter().find(is_main).context("no main RAM")?;
         let mut bytes = [0; 8];
-        self.file.read_exact_at(&mut bytes, main.address + guest_address)?;
+        self.file
+            .read_exact_at(&mut bytes, main.address + guest_address)?;
         Ok(u64::from_le_bytes(bytes))
     }
 
@@ -88,7 +107,8 @@ impl Memory {
         let block = self.blocks.iter().find(|b| b.name == name);
         let block = block.with_context(|| format!("no block {name}"))?;
         let mut bytes = vec![0; block.bytes.saturating_sub(page * PAGE).min(PAGE)];
-        self.file.read_exact_at(&mut bytes, block.address + (page * PAGE) as u64)?;
+        self.file
+            .read_exact_at(&mut bytes, block.address + (page * PAGE) as u64)?;
         Ok(bytes)
     }
 
@@ -127,12 +147,22 @@ impl Copy {
                 return Some(format!("block {name} is missing"));
             };
             if bytes.len() != theirs.len() {
-                return Some(format!("block {name}: {} and {} bytes", bytes.len(), theirs.len()));
+                return Some(format!(
+                    "block {name}: {} and {} bytes",
+                    bytes.len(),
+                    theirs.len()
+                ));
             }
             if bytes != theirs {
-                let at = bytes.iter().zip(theirs).position(|(a, b)| a != b).unwrap_or(0);
+                let at = bytes
+                    .iter()
+                    .zip(theirs)
+                    .position(|(a, b)| a != b)
+                    .unwrap_or(0);
                 let (ours, theirs) = (bytes[at], theirs[at]);
-                return Some(format!("block {name}, byte {at:#x}: {ours:#04x} and {theirs:#04x}"));
+                return Some(format!(
+                    "block {name}, byte {at:#x}: {ours:#04x} and {theirs:#04x}"
+                ));
             }
         }
         None
@@ -148,13 +178,20 @@ fn mappings(maps: &str) -> impl Iterator<Item = (u64, u64, &str)> {
     maps.lines().filter_map(|line| {
         let (range, rest) = line.split_once(' ')?;
         let (start, end) = range.split_once('-')?;
-        Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?, rest))
+        Some((
+            u64::from_str_radix(start, 16).ok()?,
+            u64::from_str_radix(end, 16).ok()?,
+            rest,
+        ))
     })
 }
 
 fn main_ram(maps: &str) -> Option<u64> {
-    let is_ram = |rest: &str| rest.contains("memory-backend-memfd") || rest.contains("memfd:ft-ram");
-    mappings(maps).find(|(_, _, rest)| is_ram(rest)).map(|(start, ..)| start)
+    let is_ram =
+        |rest: &str| rest.contains("memory-backend-memfd") || rest.contains("memfd:ft-ram");
+    mappings(maps)
+        .find(|(_, _, rest)| is_ram(rest))
+        .map(|(start, ..)| start)
 }
 
 /// QEMU aligns RAM blocks for huge pages, small ones too.

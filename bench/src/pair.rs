@@ -121,7 +121,12 @@ impl Pair {
         let hook = guest_hook(memory, setup.watch, watcher, &taken, &page);
         let (proxy, qmp) = (dir.join("guest.proxy"), dir.join("guest.qmp"));
         let guest_proxy = Proxy::start(&proxy, &qmp, setup.floors, hook)?;
-        let hook = standby_hook(open_memory(dir, "standby", &standby)?, setup.watch, &taken, &page);
+        let hook = standby_hook(
+            open_memory(dir, "standby", &standby)?,
+            setup.watch,
+            &taken,
+            &page,
+        );
         let standby_socket = dir.join("standby.proxy");
         let standby_proxy = Proxy::start(&standby_socket, &dir.join("standby.qmp"), false, hook)?;
 
@@ -131,7 +136,9 @@ impl Pair {
         let text = |path: &Path| path.display().to_string();
         let backup = ["--listen", &peer, "--qmp", &text(&standby_socket)].map(str::to_owned);
         let backup = Daemon::start(dir, "backup", &backup)?;
-        let mut options = ["--peer", &front, "--qmp", &text(&proxy)].map(str::to_owned).to_vec();
+        let mut options = ["--peer", &front, "--qmp", &text(&proxy)]
+            .map(str::to_owned)
+            .to_vec();
         options.extend(setup.options.iter().cloned());
         let mut primary = Daemon::start(dir, "primary", &options)?;
         primary.wait_event("synced", Duration::from_secs(60))?;
@@ -175,7 +182,10 @@ impl Pair {
         let first = self.standby_memory.read_u64(self.tick_page)?;
         let deadline = Instant::now() + patience;
         while self.standby_memory.read_u64(self.tick_page)? < first + ticks {
-            ensure!(Instant::now() < deadline, "the survivor's counter stands still at {first}");
+            ensure!(
+                Instant::now() < deadline,
+                "the survivor's counter stands still at {first}"
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
@@ -196,7 +206,10 @@ fn guest_hook(
     Box::new(move |command| match command {
         "xen-save-devices-state" => {
             // The next boundary never comes before the last epoch's acknowledgement.
-            number = watcher.as_ref().map_or(number, |relay| relay.passed().acked_epoch) + 1;
+            number = watcher
+                .as_ref()
+                .map_or(number, |relay| relay.passed().acked_epoch)
+                + 1;
             saved = true;
             if let Some(relay) = watcher.as_ref().filter(|_| watch == Watch::AllRam) {
                 relay.hold_pushes(true);
@@ -209,12 +222,23 @@ fn guest_hook(
                 .then(|| kept(memory.copy_into(std::mem::take(&mut room))))
                 .flatten();
             let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
-            let kept = if watch == Watch::AllRam { KEPT } else { 1 << 16 };
+            let kept = if watch == Watch::AllRam {
+                KEPT
+            } else {
+                1 << 16
+            };
             if taken.boundaries.len() >= kept {
                 let oldest = taken.boundaries.pop_front();
-                room = oldest.and_then(|boundary| boundary.copy).unwrap_or_default();
+                room = oldest
+                    .and_then(|boundary| boundary.copy)
+                    .unwrap_or_default();
             }
-            taken.boundaries.push_back(Boundary { number, at_us: now_us(), tick, copy });
+            taken.boundaries.push_back(Boundary {
+                number,
+                at_us: now_us(),
+                tick,
+                copy,
+            });
             watcher.iter().for_each(|relay| relay.hold_pushes(false));
         }
         _ => {}
@@ -233,7 +257,10 @@ fn standby_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &
         }
         "cont" => {
             let tick = tick(&memory, &page);
-            taken.lock().unwrap_or_else(PoisonError::into_inner).standby_tick = tick;
+            taken
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .standby_tick = tick;
         }
         _ => {}
     })
@@ -241,7 +268,8 @@ fn standby_hook(memory: Memory, watch: Watch, taken: &Arc<Mutex<Taken>>, page: &
 
 /// The proxy goes on without a copy; whoever needs it says that it is missing.
 fn kept(copy: Result<Copy>) -> Option<Copy> {
-    copy.inspect_err(|error| eprintln!("copying RAM failed: {error:#}")).ok()
+    copy.inspect_err(|error| eprintln!("copying RAM failed: {error:#}"))
+        .ok()
 }
 
 fn tick(memory: &Memory, page: &TickPage) -> Option<u64> {
@@ -289,6 +317,8 @@ fn wait_boot_sector(memory: &Memory) -> Result<u64> {
 
 /// The time as QEMU stamps its events.
 pub fn now_us() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }

@@ -38,7 +38,11 @@ impl Process {
             .stderr(output)
             .spawn()
             .with_context(|| format!("starting {}", program.as_ref().to_string_lossy()))?;
-        Ok(Process { child, name: name.to_owned(), log })
+        Ok(Process {
+            child,
+            name: name.to_owned(),
+            log,
+        })
     }
 
     pub fn pid(&self) -> Pid {
@@ -92,7 +96,11 @@ impl Workplace {
     /// It can't be made.
     pub fn new(name: &str) -> Result<Workplace> {
         let base = std::env::temp_dir();
-        let path = base.join(format!("curling-{name}-{}-{}", std::process::id(), unique()));
+        let path = base.join(format!(
+            "curling-{name}-{}-{}",
+            std::process::id(),
+            unique()
+        ));
         std::fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(Workplace { path })
     }

@@ -85,19 +85,30 @@ impl Proxy {
             .name("qmp-proxy".into())
             .spawn(move || {
                 while relay.wait_readable(listener.as_raw_fd()) {
-                    let Ok((daemon, _)) = listener.accept() else { return };
+                    let Ok((daemon, _)) = listener.accept() else {
+                        return;
+                    };
                     if let Err(error) = relay.serve(&daemon) {
                         eprintln!("qmp proxy: {error:#}");
                     }
                 }
             })
             .context("starting the proxy")?;
-        Ok(Proxy { seen, end, thread: Some(thread) })
+        Ok(Proxy {
+            seen,
+            end,
+            thread: Some(thread),
+        })
     }
 
     /// Looks at what was seen so far.
     pub fn seen<T>(&self, look: impl FnOnce(&Seen) -> T) -> T {
-        look(&self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        look(
+            &self
+                .seen
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        )
     }
 }
 
@@ -138,18 +149,26 @@ enum Stage {
 
 impl Floors {
     fn new() -> Result<Floors> {
-        let memfd = nix::sys::memfd::memfd_create(c"floor", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+        let memfd =
+            nix::sys::memfd::memfd_create(c"floor", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
         let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
         let sink = File::options().write(true).open(path)?;
         let stage = Stage::Idle;
-        Ok(Floors { sink, handed_over: false, boundaries: 0, due: None, stage })
+        Ok(Floors {
+            sink,
+            handed_over: false,
+            boundaries: 0,
+            due: None,
+            stage,
+        })
     }
 }
 
 impl Relay {
     /// Waits until the descriptor is readable; false: the proxy is to end.
     fn wait_readable(&self, fd: RawFd) -> bool {
-        self.wait(&[fd], None).is_some_and(|ready| !ready.is_empty())
+        self.wait(&[fd], None)
+            .is_some_and(|ready| !ready.is_empty())
     }
 
     /// Which of the descriptors are readable; `None`: the proxy is to end.
@@ -157,7 +176,10 @@ impl Relay {
         use std::os::fd::{AsFd, BorrowedFd};
         // SAFETY: the callers keep the descriptors open for the whole call.
         let borrow = |fd: &RawFd| unsafe { BorrowedFd::borrow_raw(*fd) };
-        let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(borrow(fd), PollFlags::POLLIN)).collect();
+        let mut polled: Vec<_> = fds
+            .iter()
+            .map(|fd| PollFd::new(borrow(fd), PollFlags::POLLIN))
+            .collect();
         polled.push(PollFd::new(self.end.as_fd(), PollFlags::POLLIN));
         let patience = until.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now());
@@ -185,7 +207,9 @@ impl Relay {
         loop {
             let due = self.floors.as_ref().and_then(|f| f.due);
             let both = [daemon.as_raw_fd(), qemu.as_raw_fd()];
-            let Some(ready) = self.wait(&both, due) else { return Ok(()) };
+            let Some(ready) = self.wait(&both, due) else {
+                return Ok(());
+            };
             if ready.contains(&0) {
                 if !from_daemon.read(daemon)? {
                     return Ok(());
@@ -221,7 +245,9 @@ impl Relay {
     }
 
     fn note_command(&mut self, name: &str) {
-        let Some(floors) = &mut self.floors else { return };
+        let Some(floors) = &mut self.floors else {
+            return;
+        };
         match name {
             "xen-save-devices-state" => floors.boundaries += 1,
             "cont" if floors.boundaries > 0 && floors.boundaries.is_multiple_of(FLOOR_EVERY) => {
@@ -233,7 +259,9 @@ impl Relay {
 
     /// Begins a boundary of ours when none of the daemon's commands is under way.
     fn start_floor(&mut self, unanswered: usize, qemu: &UnixStream) -> Result<()> {
-        let Some(floors) = &mut self.floors else { return Ok(()) };
+        let Some(floors) = &mut self.floors else {
+            return Ok(());
+        };
         if floors.due.is_none_or(|at| Instant::now() < at) || unanswered > 0 {
             return Ok(());
         }
@@ -241,7 +269,8 @@ impl Relay {
         if !floors.handed_over {
             floors.handed_over = true;
             floors.stage = Stage::Adding;
-            let add = json!({"execute": "add-fd", "arguments": {"fdset-id": 977}, "id": "floor-add"});
+            let add =
+                json!({"execute": "add-fd", "arguments": {"fdset-id": 977}, "id": "floor-add"});
             let sink = [floors.sink.try_clone()?.into()];
             return send(qemu, format!("{add}\n").as_bytes(), &sink);
         }
@@ -259,7 +288,10 @@ impl Relay {
         let stamp = &message["timestamp"];
         let at = stamp["seconds"].as_u64().unwrap_or(0) * 1_000_000
             + stamp["microseconds"].as_u64().unwrap_or(0);
-        let mut seen = self.seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut seen = self
+            .seen
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         match message["event"].as_str() {
             Some("STOP") => {
                 *stopped_at = Some(at);
@@ -272,7 +304,10 @@ impl Relay {
                     if ours {
                         seen.floors_us.push(took_us);
                     } else {
-                        seen.pauses.push(Pause { began_us: stopped, took_us });
+                        seen.pauses.push(Pause {
+                            began_us: stopped,
+                            took_us,
+                        });
                     }
                 }
             }
@@ -280,7 +315,9 @@ impl Relay {
             None => {}
         }
         drop(seen);
-        let Some(floors) = self.floors.as_mut().filter(|_| ours) else { return Ok(false) };
+        let Some(floors) = self.floors.as_mut().filter(|_| ours) else {
+            return Ok(false);
+        };
         match message["id"].as_str() {
             Some("floor-add") => floors.begin(qemu)?,
             Some("floor-save") => {
@@ -322,12 +359,12 @@ impl Lines {
         let mut space = cmsg_space!([RawFd; 4]);
         let mut parts = [IoSliceMut::new(&mut buffer)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let received =
-            match recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-                Ok(received) => received,
-                Err(nix::errno::Errno::ECONNRESET) => return Ok(false),
-                Err(error) => return Err(error).context("reading QMP"),
-            };
+        let received = match recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags)
+        {
+            Ok(received) => received,
+            Err(nix::errno::Errno::ECONNRESET) => return Ok(false),
+            Err(error) => return Err(error).context("reading QMP"),
+        };
         for message in received.cmsgs()? {
             if let ControlMessageOwned::ScmRights(fds) = message {
                 // SAFETY: the kernel has just made these descriptors for us.
@@ -346,7 +383,11 @@ impl Lines {
             let line: Vec<u8> = self.bytes.drain(..=end).collect();
             // A descriptor travels with the first byte of its command, and alone.
             let wants = line.windows(6).any(|w| w == b"\"getfd" || w == b"add-fd");
-            let descriptors = if wants { std::mem::take(&mut self.descriptors) } else { Vec::new() };
+            let descriptors = if wants {
+                std::mem::take(&mut self.descriptors)
+            } else {
+                Vec::new()
+            };
             lines.push((line, descriptors));
         }
         lines

@@ -30,7 +30,9 @@ impl Qmp {
             }
         };
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        let mut qmp = Qmp { reader: BufReader::new(stream) };
+        let mut qmp = Qmp {
+            reader: BufReader::new(stream),
+        };
         qmp.line()?;
         qmp.call("qmp_capabilities", json!({}))?;
         Ok(qmp)
@@ -40,7 +42,9 @@ impl Qmp {
     /// QEMU refuses, or is gone.
     pub fn call(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
-        self.reader.get_mut().write_all(format!("{request}\n").as_bytes())?;
+        self.reader
+            .get_mut()
+            .write_all(format!("{request}\n").as_bytes())?;
         loop {
             let reply = self.line()?;
             if let Some(error) = reply.get("error") {
