@@ -93,7 +93,13 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
         shape,
         watch,
     } = Subject::look(born.process, born.qmp)?;
-    refuse(&mut qmp, settings)?;
+    if let Err(refused) = refuse(&mut qmp, settings) {
+        // It was started to be protected; nobody would know of it.
+        if nursery.is_some() {
+            process.kill()?;
+        }
+        return Err(refused);
+    }
     let hello = check_hello(&settings.vm_id, &shape, settings)?;
 
     let running = is_running(&mut qmp)?;
