@@ -220,7 +220,12 @@ impl Driver {
             Source::Connector => self.on_connector(),
             Source::Proof => self.on_proof(),
             Source::Qmp | Source::Process => self.on_qemu(),
-            Source::Worker => self.on_worker(),
+            Source::Worker => {
+                // A `cont` of somebody else may wait in the socket: it ends the boundary, and
+                // must be known before the harvest is.
+                self.on_qemu();
+                self.on_worker();
+            }
             Source::Control => self.on_control(),
             Source::Signal => {
                 while let Some(signal) = self.parts.signals.take() {

@@ -58,6 +58,8 @@ pub(crate) struct Qemu {
     process: QemuProcess,
     sink: StateSink,
     watch: ShapeWatch,
+    /// How the VM is no longer the one that was attached to.
+    changed: Option<String>,
     batch: Vec<(Command, Purpose)>,
     pending: HashMap<RequestId, Purpose>,
     saved_bytes: u64,
@@ -78,6 +80,7 @@ impl Qemu {
             process,
             sink,
             watch,
+            changed: None,
             batch: Vec::new(),
             pending: HashMap::new(),
             saved_bytes: 0,
@@ -236,8 +239,16 @@ impl Qemu {
         let mut incoming = Vec::new();
         let result = self.qmp.progress(&mut |message| incoming.push(message));
         for message in incoming {
-            if let Some(Finding::Changed { what }) = self.watch.feed(&message) {
-                inputs.push(QemuInput::ShapeChanged(what));
+            match self.watch.feed(&message) {
+                Some(Finding::Changed { what }) => {
+                    self.changed = Some(what.clone());
+                    inputs.push(QemuInput::ShapeChanged(what));
+                }
+                // Once a second: a change lasts, and a detach that failed is to be tried again.
+                Some(Finding::RunState(_)) => {
+                    inputs.extend(self.changed.clone().map(QemuInput::ShapeChanged));
+                }
+                None => {}
             }
             match message {
                 Incoming::Reply { id, result } => {
