@@ -130,7 +130,7 @@ fn garbage_does_not_disturb(stage: &Stage) -> Result<()> {
     // A summary comes ten seconds after the first of its refusals.
     let refused = || pair.backup.numbers("refused", "count").iter().sum::<u64>();
     let all = wait_until("all were refused by name", PATIENCE, || {
-        Ok(refused() + lanes > CONNECTIONS)
+        Ok(refused() + lanes >= CONNECTIONS)
     });
     all.with_context(|| format!("{} of {CONNECTIONS} were", refused()))?;
     let lines = pair.backup.numbers("refused", "count").len();
