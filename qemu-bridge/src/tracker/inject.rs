@@ -31,8 +31,9 @@ use super::uffd::kernel_release;
 
 /// A thread that doesn't stop in this time is stuck in the kernel.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
-/// Stops that may come in between, each by a signal or by job control.
-const STEPS_MAX: usize = 64;
+/// How long other stops may come in between. Each SIGSTOP with its SIGCONT makes three, and on a
+/// loaded machine the next one can be there before the step.
+const STEP_PATIENCE: Duration = Duration::from_secs(10);
 /// A kernel's signal set: bit 0 is signal 1.
 const ALL_BUT_SIGTRAP: u64 = !(1 << (libc::SIGTRAP - 1));
 /// `syscall` on x86-64.
@@ -146,12 +147,15 @@ impl Stopped {
         registers.orig_rax = u64::MAX;
         registers.rdi = argument;
         ptrace::setregs(self.pid, registers)?;
+        let deadline = Instant::now() + STEP_PATIENCE;
         let mut deliver = None;
-        for _ in 0..STEPS_MAX {
+        let mut executed = false;
+        // Once it is executed there is a trap to take, however long that lasts.
+        while executed || Instant::now() < deadline {
             ptrace::step(self.pid, deliver.take())?;
             let stop = wait_stop(self.pid)?;
             registers = ptrace::getregs(self.pid)?;
-            let executed = registers.rip == self.instruction + SYSCALL.len() as u64;
+            executed = registers.rip == self.instruction + SYSCALL.len() as u64;
             match stop {
                 // The step's own trap has to be taken: left pending, it would kill QEMU.
                 Stop::Signal(Signal::SIGTRAP) if executed => {
@@ -167,7 +171,7 @@ impl Stopped {
                 Stop::Signal(_) | Stop::Event => {}
             }
         }
-        Err(Errno::EAGAIN)
+        Err(Errno::ETIMEDOUT)
     }
 }
 
@@ -191,13 +195,14 @@ enum Stop {
 
 /// Waits for the stop that `PTRACE_INTERRUPT` asks for. Signals that come first are delivered.
 fn wait_interrupted(pid: Pid) -> nix::Result<()> {
-    for _ in 0..STEPS_MAX {
+    let deadline = Instant::now() + STEP_PATIENCE;
+    while Instant::now() < deadline {
         match wait_stop(pid)? {
             Stop::Event => return Ok(()),
             Stop::Signal(signal) => ptrace::cont(pid, signal)?,
         }
     }
-    Err(Errno::EAGAIN)
+    Err(Errno::ETIMEDOUT)
 }
 
 fn wait_stop(pid: Pid) -> nix::Result<Stop> {

@@ -71,11 +71,12 @@ fn many_injections_between_signals_and_commands_leave_no_trace() {
                 }
                 count
             });
+            let end = SetOnDrop(&over);
             for _ in 0..INJECTIONS {
                 let mut tracker = UffdTracker::attach(ram).unwrap();
                 tracker.arm_all(ram).unwrap();
             }
-            over.store(true, Ordering::Relaxed);
+            drop(end);
             (commands.join().unwrap(), signals.join().unwrap())
         });
         eprintln!("{qemu}: {INJECTIONS} injections, {commands} commands, {signals} signals");
@@ -86,6 +87,15 @@ fn many_injections_between_signals_and_commands_leave_no_trace() {
         // And the guest still runs, seen by one more.
         let mut tracker = UffdTracker::attach(&guest.ram).unwrap();
         guest.wait_for_loop(&mut tracker);
+    }
+}
+
+/// Ends the other threads, also when an injection fails.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
