@@ -228,12 +228,10 @@ impl Primary {
         self.settle_session();
         self.pump();
         self.advance_closing();
-        if self.finished {
-            return; // a boundary that is due now would leave a guest paused that nobody resumes
-        }
         self.advance_sync();
         self.resume_if_free();
-        if self.boundary_possible() && self.now >= self.next_boundary {
+        // After the end nobody would resume the guest that a boundary has paused.
+        if !self.finished && self.boundary_possible() && self.now >= self.next_boundary {
             self.start_boundary();
         }
     }
