@@ -183,6 +183,13 @@ impl PrimaryWorker {
         } else if let Err(error) = self.tracker.collect(&self.ram, &mut self.inflight) {
             return failed(Step::Round, &error);
         }
+        if !all {
+            // A disk's DMA counts as a write when the page is pinned, not when the data arrives:
+            // what was collected live may be copied too early, so the paused round takes it again.
+            self.pending
+                .merge(&self.inflight)
+                .expect("both sets are of the same RAM");
+        }
         self.cursor.load(&self.inflight, all);
         Done::RoundStarted {
             pages: self.inflight.count(),
