@@ -110,7 +110,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
     let (exit, how) = match end.context("the loop ended without an end")? {
         End::StoodDown => (Exit::Clean, "stood down".to_owned()),
         End::PoweredOff => (Exit::Clean, "the guest has powered off".to_owned()),
-        End::Failed(text) | End::NothingToActivate(text) => (Exit::Lost, text),
+        End::Failed(text) => (Exit::Lost, text),
     };
     let Parts {
         mut standby,

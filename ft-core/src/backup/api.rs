@@ -168,8 +168,6 @@ pub enum End {
     PoweredOff,
     /// The standby could not be activated.
     Failed(String),
-    /// The primary is gone and there was no complete epoch to activate.
-    NothingToActivate(String),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
