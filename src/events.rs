@@ -284,6 +284,14 @@ impl Events {
             dirty_pages: report.dirty_pages,
             bytes: report.bytes,
             commit_us: us(report.commit),
+            phases_us: event::Phases {
+                stop: us(report.phases.stop),
+                save: us(report.phases.save),
+                harvest: us(report.phases.harvest),
+                scan: us(report.phases.scan),
+                copy: us(report.phases.copy),
+                cont: us(report.phases.cont),
+            },
         });
         if self.said == Said::Tainted && report.kind == EpochKind::Full {
             self.said = Said::Protected;

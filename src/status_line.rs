@@ -244,6 +244,8 @@ impl Window {
 
 #[cfg(test)]
 mod tests {
+    use ft_core::primary::Phases;
+
     use super::*;
 
     fn epoch(number: u64, pause_ms: u64) -> primary::Report {
@@ -254,6 +256,7 @@ mod tests {
             dirty_pages: 800,
             bytes: 3_300_000,
             commit: Duration::from_millis(4),
+            phases: Phases::default(),
         })
     }
 

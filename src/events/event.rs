@@ -72,6 +72,7 @@ pub(super) enum Event<'a> {
         dirty_pages: u64,
         bytes: u64,
         commit_us: u64,
+        phases_us: Phases,
     },
     Tainted {
         text: &'a str,
@@ -149,6 +150,17 @@ pub(super) enum Event<'a> {
     },
 }
 
+/// Where a pause went, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct Phases {
+    pub(super) stop: u64,
+    pub(super) save: u64,
+    pub(super) harvest: u64,
+    pub(super) scan: u64,
+    pub(super) copy: u64,
+    pub(super) cont: u64,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Kind {
@@ -210,6 +222,7 @@ mod tests {
                 dirty_pages: 2,
                 bytes: 3,
                 commit_us: 4,
+                phases_us: Phases::default(),
             },
             Event::Tainted { text },
             Event::Untainted { epoch },

@@ -1,6 +1,7 @@
 use std::fs;
 
 use ft_core::EpochKind;
+use ft_core::primary::Phases;
 use serde_json::Value;
 
 use super::*;
@@ -59,7 +60,9 @@ fn epochs_and_audits_are_told_in_numbers() {
     });
     let expected = serde_json::json!([
         { "event": "epoch", "epoch": 3, "kind": "full", "pause_us": 1900, "dirty_pages": 12,
-          "bytes": 50_000, "commit_us": 700 },
+          "bytes": 50_000, "commit_us": 700,
+          "phases_us": { "stop": 100, "save": 1500, "harvest": 1200, "scan": 300, "copy": 600,
+                         "cont": 200 } },
         { "event": "audit", "epoch": 3, "ok": false, "mismatched_blocks": [4] },
     ]);
     assert_eq!(Value::from(told), expected);
@@ -73,6 +76,14 @@ fn epoch(number: u64, kind: EpochKind) -> primary::Report {
         dirty_pages: 12,
         bytes: 50_000,
         commit: Duration::from_micros(700),
+        phases: Phases {
+            stop: Duration::from_micros(100),
+            save: Duration::from_micros(1500),
+            harvest: Duration::from_micros(1200),
+            scan: Duration::from_micros(300),
+            copy: Duration::from_micros(600),
+            cont: Duration::from_micros(200),
+        },
     })
 }
 

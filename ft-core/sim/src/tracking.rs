@@ -253,6 +253,7 @@ impl Tracking {
             open.rest = gather(vm, &mut open.pages);
             return Done::Harvested(Harvest {
                 dirty_pages: open.dirty_pages,
+                ..Harvest::default()
             });
         }
         self.task = Some(Task::Copy);

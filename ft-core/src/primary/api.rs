@@ -93,6 +93,10 @@ pub enum Input<'a> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Harvest {
     pub dirty_pages: u64,
+    /// Finding the dirty pages and arming them.
+    pub scan: Duration,
+    /// Copying them into chunks.
+    pub copy: Duration,
 }
 
 /// How the link to the backup ended.
@@ -303,6 +307,22 @@ pub struct EpochReport {
     pub bytes: u64,
     /// Reply to `cont` → acknowledgement.
     pub commit: Duration,
+    pub phases: Phases,
+}
+
+/// Where a pause went. Save and harvest run at the same time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Phases {
+    /// `stop` submitted → its reply.
+    pub stop: Duration,
+    /// Reply to `stop` → reply to the save.
+    pub save: Duration,
+    /// Reply to `stop` → the harvest is known to be done; `scan` and `copy` are in it.
+    pub harvest: Duration,
+    pub scan: Duration,
+    pub copy: Duration,
+    /// `cont` submitted → its reply.
+    pub cont: Duration,
 }
 
 /// For `status`.

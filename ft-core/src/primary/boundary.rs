@@ -6,7 +6,7 @@
 use super::closing::Closing;
 use super::commands::Kind;
 use super::push::Inflight;
-use super::{Action, GateState, Harvest, Primary, Protection, Report, Step};
+use super::{Action, GateState, Harvest, Phases, Primary, Protection, Report, Step};
 use crate::types::{Epoch, EpochKind, Micros, RunState};
 use std::time::Duration;
 
@@ -19,6 +19,9 @@ pub(super) struct Boundary {
     epoch: Epoch,
     kind: EpochKind,
     started: Micros,
+    paused_at: Micros,
+    resume_at: Micros,
+    phases: Phases,
     run_state: RunState,
     /// The last one before a switchover: the guest stays where it is.
     stay_paused: bool,
@@ -91,6 +94,9 @@ impl Primary {
             epoch,
             kind,
             started: self.now,
+            paused_at: self.now,
+            resume_at: self.now,
+            phases: Phases::default(),
             run_state,
             stay_paused: self.switchover_wanted(),
             pause: true,
@@ -109,6 +115,7 @@ impl Primary {
             run_state,
             boundary_at: self.now,
             resumed: None,
+            phases: Phases::default(),
             dirty_pages: 0,
             bytes: 0,
             last_ready: false,
@@ -149,6 +156,8 @@ impl Primary {
             return;
         };
         boundary.pause = false;
+        boundary.paused_at = self.now;
+        boundary.phases.stop = self.now.since(boundary.started);
         boundary.run_state = run_state;
         if let Some(inflight) = &mut self.inflight {
             inflight.run_state = run_state;
@@ -163,6 +172,7 @@ impl Primary {
     pub(super) fn on_saved(&mut self, _bytes: u64) {
         if let Some(boundary) = &mut self.boundary {
             boundary.save = false;
+            boundary.phases.save = self.now.since(boundary.paused_at);
             self.advance_boundary();
         }
     }
@@ -174,6 +184,9 @@ impl Primary {
         }
         if let Some(boundary) = &mut self.boundary {
             boundary.harvest = false;
+            boundary.phases.harvest = self.now.since(boundary.paused_at);
+            boundary.phases.scan = harvest.scan;
+            boundary.phases.copy = harvest.copy;
             self.advance_boundary();
         }
     }
@@ -216,6 +229,7 @@ impl Primary {
         }
         if !boundary.resume_asked {
             boundary.resume_asked = true;
+            boundary.resume_at = self.now;
             let resume = boundary.run_state == RunState::Running && !boundary.stay_paused;
             boundary.resume = resume;
             let (epoch, run_state) = (boundary.epoch, boundary.run_state);
@@ -262,6 +276,10 @@ impl Primary {
         };
         self.failures = 0;
         if resumed && let Some(inflight) = &mut self.inflight {
+            inflight.phases = Phases {
+                cont: self.now.since(boundary.resume_at),
+                ..boundary.phases
+            };
             inflight.resumed = Some((self.now, self.now.since(boundary.started)));
         }
         self.close_epoch();

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::{Action, EpochReport, Primary, Protection, Report};
+use super::{Action, EpochReport, Phases, Primary, Protection, Report};
 use crate::limits::EPOCH_CHUNKS_MAX;
 use crate::types::{Epoch, EpochKind, GrantToken, Micros, RunState};
 use crate::wire::{ChunkTag, GrantBatch, Message};
@@ -21,6 +21,7 @@ pub(super) struct Inflight {
     pub(super) boundary_at: Micros,
     /// When `cont` returned, and how long the guest had stood still.
     pub(super) resumed: Option<(Micros, Duration)>,
+    pub(super) phases: Phases,
     pub(super) dirty_pages: u64,
     pub(super) bytes: u64,
     pub(super) last_ready: bool,
@@ -181,6 +182,7 @@ impl Primary {
             dirty_pages: inflight.dirty_pages,
             bytes: inflight.bytes,
             commit: acknowledged.since(resumed_at),
+            phases: inflight.phases,
         };
         self.report(Report::Epoch(report));
         self.inflight = None;

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::time::Instant;
 
 use ft_core::image::{AuditDigest, ChunkBuilder, ChunkHead};
 use ft_core::limits::DEVICE_STATE_BYTES_MAX;
@@ -259,7 +260,9 @@ impl PrimaryWorker {
         audit: bool,
     ) -> Result<Option<Job>, (Step, String)> {
         let failed = |error: &dyn std::error::Error| (Step::Harvest, describe(error));
+        let began = Instant::now();
         self.take_dirt(kind).map_err(|e| failed(&e))?;
+        let scan = began.elapsed();
         let mut image = EpochImage::new(frame, kind);
         loop {
             let mut memory = self.alloc().map_err(|text| (Step::Harvest, text))?;
@@ -277,6 +280,8 @@ impl PrimaryWorker {
                 .map_err(|e| failed(&e))?;
             desk.report(Done::Harvested(Harvest {
                 dirty_pages: self.inflight.count(),
+                scan,
+                copy: began.elapsed().saturating_sub(scan),
             }));
             // The guest runs again from here on; the last chunk has stayed open for the rest.
             let end = match desk.next() {
