@@ -10,6 +10,7 @@ mod exit;
 mod guard;
 mod nursery;
 mod random;
+mod runtime_dir;
 mod screen;
 mod setup;
 mod signals;

@@ -3,8 +3,6 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -18,6 +16,7 @@ use qemu_bridge::standby::prepare_standby;
 
 use crate::driver::backup::Standby;
 use crate::driver::worker::Desk;
+use crate::runtime_dir::RuntimeDir;
 
 /// A QEMU that starts opens its QMP socket and answers in this time, or not at all.
 pub(crate) const START_PATIENCE: Duration = Duration::from_secs(20);
@@ -48,12 +47,11 @@ pub(crate) enum Newborn {
 pub(crate) struct Nursery {
     argv: Vec<String>,
     version: QemuVersion,
-    /// For QMP sockets of our own; removed at the end.
-    runtime_dir: PathBuf,
+    /// For QMP sockets of our own.
+    runtime_dir: RuntimeDir,
     /// The standby's main RAM, once there is one.
     main_ram: Option<OwnedFd>,
     made: u32,
-    keep_sockets: bool,
 }
 
 impl Nursery {
@@ -62,14 +60,13 @@ impl Nursery {
     pub(crate) fn new(argv: Vec<String>) -> anyhow::Result<Nursery> {
         let program = argv.first().context("the command line of QEMU is empty")?;
         let version = QemuVersion::probe(program)?;
-        let runtime_dir = make_runtime_dir()?;
+        let runtime_dir = RuntimeDir::make()?;
         Ok(Nursery {
             argv,
             version,
             runtime_dir,
             main_ram: None,
             made: 0,
-            keep_sockets: false,
         })
     }
 
@@ -98,7 +95,7 @@ impl Nursery {
 
     /// A QEMU of ours runs on without us, and can be attached to again by its socket.
     pub(crate) fn keep_sockets(&mut self) {
-        self.keep_sockets = true;
+        self.runtime_dir.keep();
     }
 
     /// What would be run.
@@ -107,7 +104,7 @@ impl Nursery {
     /// The command line has something that can't be protected.
     pub(crate) fn prepare(&mut self, role: Role, ram: RamSource<'_>) -> anyhow::Result<Prepared> {
         self.made += 1;
-        let socket = self.runtime_dir.join(format!("{}.qmp", self.made));
+        let socket = self.runtime_dir.path().join(format!("{}.qmp", self.made));
         Ok(prepare(&self.argv, role, &self.version, &socket, ram)?)
     }
 
@@ -123,7 +120,7 @@ impl Nursery {
             }
             _ => self.prepare(role, RamSource::Fresh)?,
         };
-        start(&prepared, GuestOutput::Inherit, false)
+        self.start(&prepared, GuestOutput::Inherit, false)
     }
 
     /// Remembers the main RAM of the first standby: it outlives its QEMU.
@@ -159,7 +156,7 @@ impl Nursery {
         let all = std::mem::replace(&mut self.argv, argv);
         let prepared = self.prepare(Role::Primary, RamSource::Fresh);
         self.argv = all;
-        start(&prepared?, GuestOutput::Discard, true)
+        self.start(&prepared?, GuestOutput::Discard, true)
     }
 
     /// Fulfils wishes until the loop is gone.
@@ -193,74 +190,34 @@ impl Nursery {
         self.argv = cut_off;
         let prepared = self.prepare(Role::Backup, RamSource::PrivateCopy(ram.as_fd()));
         self.argv = all;
-        let Born { process, mut qmp } = start(&prepared?, GuestOutput::Discard, true)?;
+        let Born { process, mut qmp } = self.start(&prepared?, GuestOutput::Discard, true)?;
         prepare_standby(&mut qmp, ANSWER_PATIENCE)?;
         let blocks = ram_blocks_of_copy(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
         Ok((Standby::new(qmp, process), blocks))
     }
-}
 
-impl Drop for Nursery {
-    fn drop(&mut self) {
-        if self.keep_sockets {
-            return;
-        }
-        // QEMU unlinks its own socket; a killed one can't.
-        let _ = fs::remove_dir_all(&self.runtime_dir);
-    }
-}
-
-fn start(prepared: &Prepared, output: GuestOutput, dies_with_thread: bool) -> anyhow::Result<Born> {
-    let inherited: Vec<_> = prepared.ram.iter().map(AsFd::as_fd).collect();
-    let options = SpawnOptions {
-        inherited: &inherited,
-        output,
-        dies_with_thread,
-    };
-    let mut process = QemuProcess::spawn(&prepared.argv, &options)?;
-    match process.connect_qmp(&prepared.qmp_socket, START_PATIENCE) {
-        Ok(qmp) => Ok(Born { process, qmp }),
-        Err(error) => {
-            let _ = process.kill();
-            let _ = process.wait(Duration::from_secs(2));
-            Err(error).context("starting QEMU")
-        }
-    }
-}
-
-fn make_runtime_dir() -> anyhow::Result<PathBuf> {
-    use std::os::unix::fs::DirBuilderExt;
-    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-    remove_stale_dirs(&base);
-    let dir = base.join(format!("curling-rdma-{}", std::process::id()));
-    if Path::exists(&dir) {
-        // Of a process that had our number before, and was killed.
-        fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
-    }
-    let made = fs::DirBuilder::new().mode(0o700).create(&dir);
-    made.with_context(|| format!("making {}", dir.display()))?;
-    Ok(dir)
-}
-
-/// Folders of daemons that were killed. One whose QEMU still answers stays: it is the only way to
-/// attach to that guest again.
-fn remove_stale_dirs(base: &Path) {
-    let Ok(entries) = fs::read_dir(base) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(pid) = name
-            .strip_prefix("curling-rdma-")
-            .and_then(|n| n.parse::<u32>().ok())
-        else {
-            continue;
+    fn start(
+        &self,
+        prepared: &Prepared,
+        output: GuestOutput,
+        dies_with_thread: bool,
+    ) -> anyhow::Result<Born> {
+        // While QEMU lives, nobody takes the folder of its socket for a left-over.
+        let mut inherited = vec![self.runtime_dir.lock()];
+        inherited.extend(prepared.ram.iter().map(AsFd::as_fd));
+        let options = SpawnOptions {
+            inherited: &inherited,
+            output,
+            dies_with_thread,
         };
-        let alive = Path::new(&format!("/proc/{pid}")).exists();
-        let answers = |socket: fs::DirEntry| UnixStream::connect(socket.path()).is_ok();
-        let used = fs::read_dir(entry.path()).is_ok_and(|d| d.flatten().any(answers));
-        if !alive && !used {
-            let _ = fs::remove_dir_all(entry.path());
+        let mut process = QemuProcess::spawn(&prepared.argv, &options)?;
+        match process.connect_qmp(&prepared.qmp_socket, START_PATIENCE) {
+            Ok(qmp) => Ok(Born { process, qmp }),
+            Err(error) => {
+                let _ = process.kill();
+                let _ = process.wait(Duration::from_secs(2));
+                Err(error).context("starting QEMU")
+            }
         }
     }
 }

@@ -280,12 +280,13 @@ fn refuse_second_copy(store: &StateStore, settings: &Settings) -> anyhow::Result
     if !store.load().protected {
         return Ok(());
     }
-    bail!(
+    let text = format!(
         "the VM {} was protected when its daemon on this host ended, so its backup may run it now: \
          look there (curling-rdma status --mode backup). If it runs nowhere, remove {} and start again",
         settings.vm_id,
         store.path().display()
-    )
+    );
+    Err(exit::Refusal(text).into())
 }
 
 /// `--dry-run`: the command line, why it is as it is, and whether its VM could be protected.

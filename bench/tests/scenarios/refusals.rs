@@ -83,7 +83,7 @@ fn what_is_wrong_is_said_before_anything_runs(stage: &Stage) -> Result<()> {
         (
             format!("{PRIMARY} --dry-run -- {qemu}"),
             0,
-            "memory-backend-memfd",
+            "memory-backend-file",
         ),
     ];
     for (line, expected, named) in cases {

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{self, ControlMessage, MsgFlags};
+use nix::sys::socket::{
+    self, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr,
+};
 use serde_json::Value;
 
 use super::codec::{CodecError, Command, Decoder, Message, QmpFailure};
@@ -20,6 +22,8 @@ pub const PENDING_MAX: usize = 256;
 const KEPT_MAX: usize = 4096;
 /// Commands that [`Qmp::call_all`] sends together.
 const BATCH_MAX: usize = 64;
+/// How often a socket is tried again whose queue is full.
+const DIAL_RETRY: Duration = Duration::from_millis(10);
 /// Bytes of one read.
 const READ_BYTES: usize = 64 << 10;
 
@@ -99,6 +103,18 @@ pub struct Qmp {
     next_id: u64,
 }
 
+/// Connects to a Unix socket, without waiting; so is the stream. A blocking connect would wait for
+/// ever where others queue for a server that takes one client at a time, as QEMU's monitor does.
+///
+/// # Errors
+/// `WouldBlock`: somebody listens there and the queue is full.
+pub(crate) fn dial(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(UnixStream::from(socket))
+}
+
 impl Qmp {
     /// Connects and negotiates; `oob` is enabled where it is offered, because QEMU then reads
     /// ahead on a thread of its own instead of byte by byte between two commands.
@@ -111,8 +127,21 @@ impl Qmp {
             path: path.to_owned(),
             source,
         };
-        let stream = UnixStream::connect(path).map_err(connect_failed)?;
-        stream.set_nonblocking(true).map_err(connect_failed)?;
+        let stream = loop {
+            match dial(path) {
+                Ok(stream) => break stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(connect_failed(error)),
+            }
+            // Others wait already for the program that QEMU serves.
+            if Instant::now() >= deadline {
+                return Err(QmpError::NoGreeting {
+                    path: path.to_owned(),
+                    waited: timeout,
+                });
+            }
+            std::thread::sleep(DIAL_RETRY);
+        };
         let mut qmp = Qmp {
             stream,
             version: Value::Null,

@@ -5,5 +5,6 @@
 mod client;
 mod codec;
 
+pub(crate) use client::dial;
 pub use client::{Incoming, PENDING_MAX, Qmp, QmpError, RequestId};
 pub use codec::{CodecError, Command, Decoder, LINE_BYTES_MAX, Message, QmpFailure};

@@ -9,10 +9,10 @@ use std::fs;
 use std::io::ErrorKind;
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::options::{Keys, QemuOption, parse_options};
+use crate::qmp::dial;
 use crate::refusals::Refusal;
 
 /// VNC's display 0.
@@ -80,10 +80,8 @@ impl Resource {
                 UdpSocket::bind(address(host, port)?),
                 &format!("UDP port {port}"),
             ),
-            Resource::Socket { path } => {
-                let answered = UnixStream::connect(path).is_ok();
-                answered.then(|| format!("another program listens on {path}, and would be cut off"))
-            }
+            Resource::Socket { path } => listens(path)
+                .then(|| format!("another program listens on {path}, and would be cut off")),
             Resource::File { path } => {
                 let (pid, name) = writer_of(Path::new(path))?;
                 Some(format!(
@@ -91,6 +89,14 @@ impl Resource {
                 ))
             }
         }
+    }
+}
+
+/// Whether a program listens there, also one that is too busy to accept.
+fn listens(path: &str) -> bool {
+    match dial(Path::new(path)) {
+        Ok(_) => true,
+        Err(error) => error.kind() == ErrorKind::WouldBlock,
     }
 }
 

@@ -1,9 +1,12 @@
 //! The QMP client against a real QEMU.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use crate::support::{PATIENCE, TestQemu, qemus};
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use qemu_bridge::qmp::{Command, Incoming, Qmp, QmpError};
 use qemu_bridge::spawn::{GuestOutput, QemuProcess, SpawnOptions};
 
@@ -38,6 +41,28 @@ fn batch_is_answered_in_order_and_events_are_kept() {
         assert_eq!(replies.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ids);
         assert_eq!(replies[1].1.as_ref().unwrap_err().class, "CommandNotFound");
         assert!(replies[0].1.is_ok() && replies[2].1.is_ok());
+    }
+}
+
+/// QEMU serves one client at a time, and few may queue: a further one gives up instead of hanging.
+#[test]
+fn monitor_that_is_taken_is_an_error() {
+    for qemu in qemus() {
+        let vm = TestQemu::start(&qemu, SMALL);
+        let mut queued = Vec::new();
+        let error = loop {
+            assert!(queued.len() < 10_000, "the queue has no end");
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+            let address = UnixAddr::new(vm.socket()).unwrap();
+            match connect(client.as_raw_fd(), &address) {
+                Ok(()) => queued.push(client),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, Errno::EAGAIN);
+        let error = Qmp::connect(vm.socket(), Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
     }
 }
 
