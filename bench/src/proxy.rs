@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, IoSliceMut, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -129,8 +129,11 @@ struct Relay {
     floors: Option<Floors>,
 }
 
-/// Our own boundaries.
+/// Our own boundaries, of a client that sits where the daemon sits: so what it takes to pass
+/// through the proxy is in both kinds of pause.
 struct Floors {
+    /// To the client.
+    client: UnixStream,
     /// A sink as the daemon has one.
     sink: File,
     handed_over: bool,
@@ -142,9 +145,9 @@ struct Floors {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Idle,
+    /// The sink is being handed over.
     Adding,
-    Saving,
-    Resuming,
+    Running,
 }
 
 impl Floors {
@@ -153,8 +156,17 @@ impl Floors {
             nix::sys::memfd::memfd_create(c"floor", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
         let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
         let sink = File::options().write(true).open(path)?;
+        let (client, theirs) = UnixStream::pair()?;
+        std::thread::Builder::new()
+            .name("floor".into())
+            .spawn(move || {
+                if let Err(error) = floor_client(&theirs) {
+                    eprintln!("the floor's client: {error:#}");
+                }
+            })?;
         let stage = Stage::Idle;
         Ok(Floors {
+            client,
             sink,
             handed_over: false,
             boundaries: 0,
@@ -201,13 +213,18 @@ impl Relay {
         }
         let mut from_daemon = Lines::default();
         let mut from_qemu = Lines::default();
+        let mut from_floor = Lines::default();
         let mut waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)> = VecDeque::new();
         let mut unanswered = 0_usize;
         let mut stopped_at = None;
         loop {
             let due = self.floors.as_ref().and_then(|f| f.due);
-            let both = [daemon.as_raw_fd(), qemu.as_raw_fd()];
-            let Some(ready) = self.wait(&both, due) else {
+            let floor = self.floors.as_ref().map(|f| f.client.as_raw_fd());
+            let fds: Vec<_> = [daemon.as_raw_fd(), qemu.as_raw_fd()]
+                .into_iter()
+                .chain(floor)
+                .collect();
+            let Some(ready) = self.wait(&fds, due) else {
                 return Ok(());
             };
             if ready.contains(&0) {
@@ -222,13 +239,21 @@ impl Relay {
                 }
                 for (line, descriptors) in from_qemu.take() {
                     let message: Value = serde_json::from_slice(&line).unwrap_or_default();
-                    if self.is_ours(&message, &mut stopped_at, &qemu)? {
+                    if self.is_ours(&message, &line, &mut stopped_at)? {
                         continue;
                     }
                     if message.get("event").is_none() && message.get("QMP").is_none() {
                         unanswered = unanswered.saturating_sub(1);
                     }
                     send(daemon, &line, &descriptors)?;
+                }
+            }
+            if ready.contains(&2)
+                && let Some(floors) = &self.floors
+                && from_floor.read(&floors.client)?
+            {
+                for (line, _) in from_floor.take() {
+                    send(&qemu, &line, &[])?;
                 }
             }
             self.start_floor(unanswered, &qemu)?;
@@ -274,15 +299,15 @@ impl Relay {
             let sink = [floors.sink.try_clone()?.into()];
             return send(qemu, format!("{add}\n").as_bytes(), &sink);
         }
-        floors.begin(qemu)
+        floors.begin()
     }
 
     /// Whether a message of QEMU belongs to a boundary of ours; also notes pauses.
     fn is_ours(
         &mut self,
         message: &Value,
+        line: &[u8],
         stopped_at: &mut Option<u64>,
-        qemu: &UnixStream,
     ) -> Result<bool> {
         let ours = self.floors.as_ref().is_some_and(|f| f.stage != Stage::Idle);
         let stamp = &message["timestamp"];
@@ -319,13 +344,9 @@ impl Relay {
             return Ok(false);
         };
         match message["id"].as_str() {
-            Some("floor-add") => floors.begin(qemu)?,
-            Some("floor-save") => {
-                floors.stage = Stage::Resuming;
-                send(qemu, b"{\"execute\":\"cont\",\"id\":\"floor-cont\"}\n", &[])?;
-            }
+            Some("floor-add") => floors.begin()?,
             Some("floor-cont") => floors.stage = Stage::Idle,
-            Some("floor-stop") => {}
+            Some("floor-stop" | "floor-save") => send(&floors.client, line, &[])?,
             _ => return Ok(message.get("event").is_some()),
         }
         Ok(true)
@@ -333,16 +354,32 @@ impl Relay {
 }
 
 impl Floors {
-    /// The commands of a boundary, as the daemon sends them: pause and save in one write.
-    fn begin(&mut self, qemu: &UnixStream) -> Result<()> {
-        use std::io::Seek;
+    fn begin(&mut self) -> Result<()> {
         self.sink.seek(io::SeekFrom::Start(0))?;
-        self.stage = Stage::Saving;
-        let stop = "{\"execute\":\"stop\",\"id\":\"floor-stop\"}\n";
-        let save = "{\"execute\":\"xen-save-devices-state\",\"arguments\":{\"filename\":\
-                    \"/dev/fdset/977\",\"live\":false},\"id\":\"floor-save\"}\n";
-        send(qemu, format!("{stop}{save}").as_bytes(), &[])
+        self.stage = Stage::Running;
+        send(&self.client, b"go\n", &[])
     }
+}
+
+/// The commands of a boundary, as the daemon sends them: pause and save in one write, and `cont` as
+/// soon as the state is saved.
+fn floor_client(proxy: &UnixStream) -> Result<()> {
+    const STOP: &str = "{\"execute\":\"stop\",\"id\":\"floor-stop\"}\n";
+    const SAVE: &str = "{\"execute\":\"xen-save-devices-state\",\"arguments\":{\"filename\":\
+                        \"/dev/fdset/977\",\"live\":false},\"id\":\"floor-save\"}\n";
+    const CONT: &str = "{\"execute\":\"cont\",\"id\":\"floor-cont\"}\n";
+    for line in BufReader::new(proxy).lines() {
+        let line = line?;
+        if line == "go" {
+            send(proxy, format!("{STOP}{SAVE}").as_bytes(), &[])?;
+            continue;
+        }
+        let reply: Value = serde_json::from_str(&line)?;
+        if reply["id"] == "floor-save" {
+            send(proxy, CONT.as_bytes(), &[])?;
+        }
+    }
+    Ok(())
 }
 
 /// Bytes that are cut into lines, each with the descriptors that came with it.
