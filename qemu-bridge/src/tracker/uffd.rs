@@ -61,6 +61,9 @@ pub struct UffdTracker {
     /// Open as long as writes shall be reported.
     _uffd: OwnedFd,
     pagemap: File,
+    /// Arming invalidates the range that it is given for KVM, written or not, and the guest pays
+    /// with a fault per page. So written stretches are armed one by one; else all at once.
+    kvm: bool,
     ranges: Vec<(u64, u64)>,
     written: Vec<PageRegion>,
     armed: Vec<PageRegion>,
@@ -88,6 +91,7 @@ impl UffdTracker {
         Ok(UffdTracker {
             _uffd: uffd,
             pagemap,
+            kvm: uses_kvm(pid),
             ranges,
             written: vec![PageRegion::default(); REGIONS],
             armed: vec![PageRegion::default(); REGIONS],
@@ -118,6 +122,7 @@ impl Tracker for UffdTracker {
         let mut collected = Collected::default();
         let UffdTracker {
             pagemap,
+            kvm,
             ranges,
             written,
             armed,
@@ -126,22 +131,19 @@ impl Tracker for UffdTracker {
         for (index, &(start, len)) in ranges.iter().enumerate() {
             let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
             let mut note = |region: &PageRegion| into.set(run_of(block, start, region));
-            walk(
-                pagemap,
-                Mode::Look,
-                start,
-                start + len,
-                written,
-                |regions| {
-                    collected.regions += regions.len() as u64;
-                    for region in regions {
-                        note(region);
-                    }
+            let mode = if *kvm { Mode::Look } else { Mode::Arm };
+            walk(pagemap, mode, start, start + len, written, |regions| {
+                collected.regions += regions.len() as u64;
+                for region in regions {
+                    note(region);
+                }
+                match mode {
+                    Mode::Arm => Ok(()),
                     // What a running guest writes between the look and the arming is reported by
                     // the arming, which is atomic: so both answers count.
-                    arm(pagemap, regions, armed, &mut note)
-                },
-            )?;
+                    Mode::Look => arm(pagemap, regions, armed, &mut note),
+                }
+            })?;
         }
         Ok(collected)
     }
@@ -224,6 +226,17 @@ fn arm(
         rest = &rest[taken..];
     }
     Ok(())
+}
+
+/// Whether KVM runs this QEMU's guest. If it can't be told, it is taken to.
+fn uses_kvm(pid: i32) -> bool {
+    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return true;
+    };
+    descriptors.flatten().any(|descriptor| {
+        std::fs::read_link(descriptor.path())
+            .is_ok_and(|target| target.as_os_str() == "anon_inode:kvm-vm")
+    })
 }
 
 fn run_of(block: BlockId, start: u64, region: &PageRegion) -> PageRun {
