@@ -54,14 +54,14 @@ fn monitor_that_is_taken_is_an_error() {
             assert!(queued.len() < 10_000, "the queue has no end");
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
-            let address = UnixAddr::new(vm.socket()).unwrap();
+            let address = UnixAddr::new(&vm.socket()).unwrap();
             match connect(client.as_raw_fd(), &address) {
                 Ok(()) => queued.push(client),
                 Err(error) => break error,
             }
         };
         assert_eq!(error, Errno::EAGAIN);
-        let error = Qmp::connect(vm.socket(), Duration::from_millis(50)).unwrap_err();
+        let error = Qmp::connect(&vm.socket(), Duration::from_millis(50)).unwrap_err();
         assert!(matches!(error, QmpError::NoGreeting { .. }), "{error}");
     }
 }
