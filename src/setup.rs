@@ -24,7 +24,7 @@ use transport::tcp::{TcpConfig, TcpListener};
 use crate::config::{Mode, QemuSource, Settings};
 use crate::control::ControlServer;
 use crate::driver::backup::{self, BackupWorker, Standby};
-use crate::driver::primary::{self, PrimaryWorker, Qemu};
+use crate::driver::primary::{self, PrimaryWorker, Qemu, Workshop};
 use crate::driver::{clock, worker::Worker};
 use crate::events::{Attached, Events};
 use crate::exit::{self, Exit};
@@ -104,7 +104,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
 
     let running = is_running(&mut qmp)?;
     let ram = GuestRam::open(process.pid(), &blocks)?;
-    let (tracker, said, expected_pause) = prove_tracker(settings, &ram, &mut qmp, running)?;
+    let (tracker, said, scan) = prove_tracker(settings, &ram, &mut qmp, running)?;
     tracing::info!("{said}");
     let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
     // A guest that powers off must not take QEMU with it before the backup knows.
@@ -121,7 +121,9 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
         accel: accel_of(&shape),
         ram_bytes: shape.ram_bytes(),
         tracker: tracker.name().to_owned(),
-        expected_pause_us: Some(u64::try_from(expected_pause.as_micros()).unwrap_or(u64::MAX)),
+        expected_pause_us: Some(
+            u64::try_from(expected_pause(scan).as_micros()).unwrap_or(u64::MAX),
+        ),
     });
     let arena = arena_for(&shape);
     let guard = Guard::start(process.pidfd())?;
@@ -135,7 +137,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     let term = store.load().term;
     let vm = vm_tag(&settings.vm_id);
     let worker = PrimaryWorker::new(ram, tracker, arena, device_state);
-    let worker = Worker::start("harvest", move |desk| worker.run(&desk))?;
+    let workshop = Workshop::start(worker, scan)?;
     let config = PrimaryConfig {
         vm_id: hello.vm_id,
         vm,
@@ -159,7 +161,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
             epoch: Epoch::NONE,
         },
         qemu: Qemu::new(qmp, process, sink, watch),
-        worker,
+        workshop,
         peer,
         tcp: TcpConfig::default(),
         events,
@@ -307,7 +309,7 @@ fn show(nursery: &mut Nursery, role: Role, settings: &Settings) -> anyhow::Resul
     Ok(Exit::Clean)
 }
 
-/// A tracker that has proven itself, what to say about it, and the pause to expect.
+/// A tracker that has proven itself, what to say about it, and how long it takes to scan this RAM.
 fn prove_tracker(
     settings: &Settings,
     ram: &GuestRam,
@@ -334,9 +336,13 @@ fn prove_tracker(
         "{said}; a scan of this RAM takes {:.2} ms",
         scan.as_secs_f64() * 1e3
     );
-    // The save takes QEMU about a millisecond, and the scan overlaps it.
-    let expected = scan.max(Duration::from_millis(1)) + Duration::from_millis(1);
-    Ok((tracker, said, expected))
+    Ok((tracker, said, scan))
+}
+
+/// Of an idle epoch: the save takes QEMU about a millisecond, the scan overlaps it, and stopping
+/// and resuming take another.
+fn expected_pause(scan: Duration) -> Duration {
+    scan.max(Duration::from_millis(1)) + Duration::from_millis(1)
 }
 
 fn is_running(qmp: &mut Qmp) -> anyhow::Result<bool> {

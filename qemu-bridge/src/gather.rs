@@ -79,9 +79,9 @@ impl Cursor {
 ///
 /// # Errors
 /// RAM can't be read: QEMU is gone, or a privilege is missing.
-pub fn fill(
+pub fn fill<M: AsMut<[u8]>>(
     ram: &GuestRam,
-    builder: &mut ChunkBuilder<'_>,
+    builder: &mut ChunkBuilder<M>,
     cursor: &mut Cursor,
 ) -> Result<Progress, RamError> {
     while let Some(run) = cursor.current() {

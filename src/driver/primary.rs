@@ -3,6 +3,7 @@
 mod image;
 mod qemu;
 mod work;
+mod workshop;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -17,12 +18,13 @@ use transport::{Chunk, Event, Grant, Link, LossKind};
 
 pub(crate) use self::qemu::Qemu;
 use self::qemu::QemuInput;
-pub(crate) use self::work::{Done, Job, PrimaryWorker};
+pub(crate) use self::work::PrimaryWorker;
+use self::work::{Done, Job};
+pub(crate) use self::workshop::Workshop;
 use super::clock;
 use super::poller::Poller;
 use super::proof::{Proof, ProofLane};
 use super::report;
-use super::worker::Worker;
 use crate::control::{ControlServer, Request};
 use crate::events::Events;
 use crate::exit::Exit;
@@ -49,7 +51,7 @@ pub(crate) struct Parts {
     pub(crate) machine: Primary,
     pub(crate) frame: Frame,
     pub(crate) qemu: Qemu,
-    pub(crate) worker: Worker<Job, Done>,
+    pub(crate) workshop: Workshop,
     pub(crate) peer: SocketAddr,
     pub(crate) tcp: TcpConfig,
     pub(crate) events: Events,
@@ -75,6 +77,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         proof: None,
         next_proof: None,
         chunks: HashMap::new(),
+        results: Vec::new(),
         end: None,
     };
     driver.drain()?;
@@ -84,7 +87,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
     let Driver { parts, end, .. } = driver;
     let Parts {
         qemu,
-        worker,
+        workshop,
         mut guard,
         mut events,
         nursery,
@@ -99,7 +102,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
             nursery.keep_sockets();
         }
     }
-    qemu.leave(&worker, guest_stays);
+    qemu.leave(workshop, guest_stays);
     events.ended(&how, exit as u8);
     Ok(exit)
 }
@@ -144,6 +147,8 @@ struct Driver {
     next_proof: Option<ProofLane>,
     /// Filled and not yet pushed, by index.
     chunks: HashMap<u32, Chunk>,
+    /// Of jobs that were done at once; empty, but keeps its memory.
+    results: Vec<Done>,
     end: Option<End>,
 }
 
@@ -170,7 +175,7 @@ impl Driver {
         if let Some(process) = parts.qemu.process_fd() {
             poller.watch(Source::Process, process);
         }
-        poller.watch(Source::Worker, parts.worker.fd());
+        poller.watch(Source::Worker, parts.workshop.fd());
         poller.watch(Source::Signal, parts.signals.fd());
         for fd in parts.control.fds() {
             poller.watch(Source::Control, fd);
@@ -342,26 +347,29 @@ impl Driver {
     }
 
     fn on_worker(&mut self) {
-        while let Some(done) = self.parts.worker.take() {
-            let input = match done {
-                Done::AllArmed => Input::AllArmed,
-                Done::RoundStarted { pages } => Input::RoundStarted { pages },
-                Done::RoundFilled { done } => Input::RoundFilled { done },
-                Done::Harvested(harvest) => Input::Harvested(harvest),
-                Done::Failed { step, text } => Input::StepFailed { step, text },
-                Done::Left => continue,
-                Done::Chunk { index, last, chunk } => {
-                    let bytes = chunk.bytes().len() as u64;
-                    self.chunks.insert(index, chunk);
-                    Input::ChunkReady { index, last, bytes }
-                }
-            };
-            self.input(input);
+        while let Some(done) = self.parts.workshop.take() {
+            self.on_done(done);
             // Pushing starts while the harvest fills the next chunk.
             if self.drain().is_err() {
                 return;
             }
         }
+    }
+
+    fn on_done(&mut self, done: Done) {
+        let input = match done {
+            Done::AllArmed => Input::AllArmed,
+            Done::RoundStarted { pages } => Input::RoundStarted { pages },
+            Done::RoundFilled { done } => Input::RoundFilled { done },
+            Done::Harvested(harvest) => Input::Harvested(harvest),
+            Done::Failed { step, text } => Input::StepFailed { step, text },
+            Done::Chunk { index, last, chunk } => {
+                let bytes = chunk.bytes().len() as u64;
+                self.chunks.insert(index, chunk);
+                Input::ChunkReady { index, last, bytes }
+            }
+        };
+        self.input(input);
     }
 
     fn on_control(&mut self) {
@@ -488,7 +496,12 @@ impl Driver {
     }
 
     fn work(&mut self, job: Job) {
-        self.parts.worker.submit(job);
+        // What the driver does itself must not delay the `cont` before it.
+        self.parts.qemu.flush();
+        let mut results = std::mem::take(&mut self.results);
+        self.parts.workshop.submit(job, &mut results);
+        results.drain(..).for_each(|done| self.on_done(done));
+        self.results = results;
     }
 
     fn connect(&mut self) {

@@ -1,7 +1,9 @@
 //! The thread that copies, hashes and scans, and the two bounded queues to it.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
@@ -19,6 +21,8 @@ pub(crate) struct Worker<J, R> {
     results: Receiver<R>,
     ready: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+    submitted: Cell<u64>,
+    finished: Arc<AtomicU64>,
 }
 
 /// The worker's end.
@@ -27,6 +31,8 @@ pub(crate) struct Desk<J, R> {
     jobs: Receiver<J>,
     results: SyncSender<R>,
     ready: Arc<EventFd>,
+    at_work: Cell<bool>,
+    finished: Arc<AtomicU64>,
 }
 
 impl<J: Send + 'static, R: Send + 'static> Worker<J, R> {
@@ -39,10 +45,13 @@ impl<J: Send + 'static, R: Send + 'static> Worker<J, R> {
         let (their_results, results) = sync_channel(QUEUE_MAX);
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let ready = Arc::new(EventFd::from_flags(flags).context("making an eventfd")?);
+        let finished = Arc::new(AtomicU64::new(0));
         let desk = Desk {
             jobs: their_jobs,
             results: their_results,
             ready: Arc::clone(&ready),
+            at_work: Cell::new(false),
+            finished: Arc::clone(&finished),
         };
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
@@ -53,15 +62,23 @@ impl<J: Send + 'static, R: Send + 'static> Worker<J, R> {
             results,
             ready,
             thread: Some(thread),
+            submitted: Cell::new(0),
+            finished,
         })
     }
 
     pub(crate) fn submit(&self, job: J) {
+        self.submitted.set(self.submitted.get() + 1);
         match self.jobs.as_ref().map(|jobs| jobs.try_send(job)) {
             Some(Ok(())) => {}
             Some(Err(TrySendError::Full(_))) => panic!("{QUEUE_MAX} jobs wait for the worker"),
             Some(Err(TrySendError::Disconnected(_))) | None => panic!("the worker thread is gone"),
         }
+    }
+
+    /// Whether all jobs are finished, and the worker waits for the next.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.finished.load(Ordering::Acquire) == self.submitted.get()
     }
 
     /// Readable when there are results.
@@ -80,11 +97,6 @@ impl<J: Send + 'static, R: Send + 'static> Worker<J, R> {
         }
         result
     }
-
-    /// Waits for the next result: only when the loop is over.
-    pub(crate) fn wait(&self) -> Option<R> {
-        self.results.recv().ok()
-    }
 }
 
 impl<J, R> Drop for Worker<J, R> {
@@ -101,6 +113,9 @@ impl<J, R> Drop for Worker<J, R> {
 impl<J, R> Desk<J, R> {
     /// The next job; `None` when the driver has gone.
     pub(crate) fn next(&self) -> Option<J> {
+        if self.at_work.replace(true) {
+            self.finished.fetch_add(1, Ordering::Release);
+        }
         self.jobs.recv().ok()
     }
 

@@ -292,6 +292,12 @@ impl ChunkMut {
     }
 }
 
+impl AsMut<[u8]> for ChunkMut {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.as_mut_slice()
+    }
+}
+
 impl fmt::Debug for ChunkMut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ChunkMut").field("id", &self.id()).finish()

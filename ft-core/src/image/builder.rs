@@ -17,9 +17,11 @@ use crate::wire::{HEADER_BYTES, Header, Kind, crc32c};
 /// [`ChunkBuilder::next_pages`] lends room, the caller copies guest pages into it and then
 /// either commits the first few of them, as they lie there, or lets them be overwritten. The
 /// same calls make the same bytes, whatever was in the memory before.
+///
+/// `M` is the chunk's memory, borrowed or owned.
 #[derive(Debug)]
-pub struct ChunkBuilder<'a> {
-    memory: &'a mut [u8],
+pub struct ChunkBuilder<M> {
+    memory: M,
     head: ChunkHead,
     entries: usize,
     /// Pages after the first that are taken.
@@ -41,11 +43,11 @@ pub struct Sealed {
     pub zero_pages: u64,
 }
 
-impl<'a> ChunkBuilder<'a> {
+impl<M: AsMut<[u8]>> ChunkBuilder<M> {
     /// # Panics
     /// If `memory` isn't [`CHUNK_BYTES`] long.
-    pub fn new(memory: &'a mut [u8], head: ChunkHead) -> ChunkBuilder<'a> {
-        assert_eq!(memory.len(), CHUNK_BYTES, "memory of a chunk");
+    pub fn new(mut memory: M, head: ChunkHead) -> ChunkBuilder<M> {
+        assert_eq!(memory.as_mut().len(), CHUNK_BYTES, "memory of a chunk");
         ChunkBuilder {
             memory,
             head,
@@ -89,7 +91,7 @@ impl<'a> ChunkBuilder<'a> {
             return None;
         }
         self.lent = count;
-        Some(&mut self.memory[page_range(self.pages, count)])
+        Some(&mut self.memory.as_mut()[page_range(self.pages, count)])
     }
 
     /// The page in [`ChunkBuilder::next_page`] is this one.
@@ -164,7 +166,7 @@ impl<'a> ChunkBuilder<'a> {
         );
         let pages = bytes.len().div_ceil(PAGE_BYTES);
         let (filled, padding) =
-            self.memory[page_range(self.pages, pages)].split_at_mut(bytes.len());
+            self.memory.as_mut()[page_range(self.pages, pages)].split_at_mut(bytes.len());
         filled.copy_from_slice(bytes);
         padding.fill(0);
         self.lent = 0;
@@ -177,7 +179,7 @@ impl<'a> ChunkBuilder<'a> {
         if self.page_room() == 0 {
             return false;
         }
-        trailer.encode(&mut self.memory[page_range(self.pages, 1)]);
+        trailer.encode(&mut self.memory.as_mut()[page_range(self.pages, 1)]);
         self.lent = 0;
         self.pages += 1;
         self.add(EntryKind::Trailer, BlockId(0), 0, 1);
@@ -190,13 +192,22 @@ impl<'a> ChunkBuilder<'a> {
     /// # Panics
     /// If `last` doesn't agree with there being a trailer.
     pub fn seal(self, last: bool) -> Sealed {
+        self.finish(last).0
+    }
+
+    /// As [`ChunkBuilder::seal`], and gives the memory back.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn finish(mut self, last: bool) -> (Sealed, M) {
         assert_eq!(
             last, self.ended,
             "the last chunk has the trailer, and no other"
         );
         let used_bytes = PAGE_BYTES * (1 + self.pages);
-        self.memory[entry_range(self.entries).start..PAGE_BYTES].fill(0);
-        let body_crc = crc32c(&self.memory[HEADER_BYTES..used_bytes]);
+        let memory = self.memory.as_mut();
+        memory[entry_range(self.entries).start..PAGE_BYTES].fill(0);
+        let body_crc = crc32c(&memory[HEADER_BYTES..used_bytes]);
         let header = Header {
             kind: Kind::Chunk,
             frame: self.head.frame,
@@ -209,13 +220,14 @@ impl<'a> ChunkBuilder<'a> {
                 entries: self.entries as u16, // at most ENTRIES_MAX
             }),
         };
-        self.memory[..HEADER_BYTES].copy_from_slice(&header.encode());
-        Sealed {
+        memory[..HEADER_BYTES].copy_from_slice(&header.encode());
+        let sealed = Sealed {
             used_bytes,
             body_crc,
             data_pages: self.data_pages,
             zero_pages: self.zero_pages,
-        }
+        };
+        (sealed, self.memory)
     }
 
     fn entry_room(&self) -> usize {
@@ -266,6 +278,7 @@ impl<'a> ChunkBuilder<'a> {
     }
 
     fn entry(&mut self, index: usize) -> &mut RawEntry {
-        RawEntry::mut_from_bytes(&mut self.memory[entry_range(index)]).expect("its own size")
+        RawEntry::mut_from_bytes(&mut self.memory.as_mut()[entry_range(index)])
+            .expect("its own size")
     }
 }

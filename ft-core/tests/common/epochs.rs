@@ -97,7 +97,7 @@ struct Rest<'a> {
 
 impl Rest<'_> {
     /// Whether everything fitted.
-    fn fill(&mut self, builder: &mut ChunkBuilder<'_>, device: &[u8]) -> bool {
+    fn fill(&mut self, builder: &mut ChunkBuilder<&mut Vec<u8>>, device: &[u8]) -> bool {
         while let Some(step) = self.steps.first() {
             match *step {
                 Step::Zero { run } => {

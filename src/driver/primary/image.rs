@@ -6,8 +6,7 @@ use ft_core::wire::Frame;
 use ft_core::{Epoch, EpochKind, RunState};
 use transport::ChunkMut;
 
-use super::work::{Done, Job};
-use crate::driver::worker::Desk;
+use super::work::Done;
 
 /// What ends an epoch beside its device state.
 #[derive(Debug)]
@@ -21,6 +20,9 @@ pub(super) struct Ending {
 pub(super) struct EpochImage {
     frame: Frame,
     kind: EpochKind,
+    /// Chunks that were begun.
+    begun: u32,
+    /// Chunks that are sealed.
     index: u32,
     data_pages: u64,
     zero_pages: u64,
@@ -38,6 +40,7 @@ impl EpochImage {
         EpochImage {
             frame,
             kind,
+            begun: 0,
             index: 0,
             data_pages: 0,
             zero_pages: 0,
@@ -45,13 +48,15 @@ impl EpochImage {
         }
     }
 
-    /// Of the chunk that comes next.
-    pub(super) fn head(&self) -> ChunkHead {
-        ChunkHead {
+    /// Begins the next chunk.
+    pub(super) fn begin(&mut self, memory: ChunkMut) -> ChunkBuilder<ChunkMut> {
+        let head = ChunkHead {
             frame: self.frame,
             kind: self.kind,
-            index: self.index,
-        }
+            index: self.begun,
+        };
+        self.begun += 1;
+        ChunkBuilder::new(memory, head)
     }
 
     pub(super) fn chunks(&self) -> usize {
@@ -60,11 +65,11 @@ impl EpochImage {
 
     /// Puts the trailer into the last chunk. There must be room for it.
     pub(super) fn end(
-        &self,
-        mut builder: ChunkBuilder<'_>,
+        &mut self,
+        mut builder: ChunkBuilder<ChunkMut>,
         end: &Ending,
         device_bytes: usize,
-    ) -> Sealed {
+    ) -> Done {
         let fits = builder.push_trailer(&Trailer {
             chunks: self.index + 1,
             data_pages: self.data_pages + u64::from(builder.data_pages()),
@@ -76,26 +81,23 @@ impl EpochImage {
             audit: end.audit.clone(),
         });
         assert!(fits, "room for the trailer was left");
-        builder.seal(true)
+        let (sealed, memory) = builder.finish(true);
+        self.add(&sealed, memory, true)
     }
 
-    /// Hands a sealed chunk to the driver.
-    pub(super) fn report(
-        &mut self,
-        desk: &Desk<Job, Done>,
-        memory: ChunkMut,
-        sealed: &Sealed,
-        last: bool,
-    ) {
+    /// Seals a chunk that isn't the last one. They are sealed in their order.
+    pub(super) fn seal(&mut self, builder: ChunkBuilder<ChunkMut>) -> Done {
+        let (sealed, memory) = builder.finish(false);
+        self.add(&sealed, memory, false)
+    }
+
+    fn add(&mut self, sealed: &Sealed, memory: ChunkMut, last: bool) -> Done {
+        let index = self.index;
+        self.index += 1;
         self.data_pages += u64::from(sealed.data_pages);
         self.zero_pages += sealed.zero_pages;
         self.digest.push(sealed.body_crc);
         let chunk = memory.freeze(sealed.used_bytes);
-        desk.report(Done::Chunk {
-            index: self.index,
-            last,
-            chunk,
-        });
-        self.index += 1;
+        Done::Chunk { index, last, chunk }
     }
 }

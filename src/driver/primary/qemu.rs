@@ -15,10 +15,9 @@ use qemu_bridge::shape::{Finding, ShapeWatch};
 use qemu_bridge::spawn::QemuProcess;
 use serde_json::Value;
 
-use super::work::{Done, Job};
+use super::workshop::Workshop;
 use crate::driver::clock;
 use crate::driver::proof::HeldProofs;
-use crate::driver::worker::Worker;
 
 /// How often shape, run state and migration blockers are looked at.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
@@ -339,15 +338,8 @@ impl Qemu {
 
     /// Takes the tracker out. A guest that stays is left as it was found: no descriptor of ours,
     /// and free to power off.
-    pub(super) fn leave(mut self, worker: &Worker<Job, Done>, guest_stays: bool) {
-        worker.submit(Job::Leave);
-        while let Some(done) = worker.wait() {
-            match done {
-                Done::Left => break,
-                Done::Failed { text, .. } => tracing::warn!("{text}"),
-                _ => {}
-            }
-        }
+    pub(super) fn leave(mut self, workshop: Workshop, guest_stays: bool) {
+        workshop.leave();
         if self.gone || self.ended || !guest_stays {
             return;
         }

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ft_core::image::{AuditDigest, ChunkBuilder, ChunkHead};
 use ft_core::limits::DEVICE_STATE_BYTES_MAX;
@@ -20,7 +20,6 @@ use qemu_bridge::tracker::{Tracker, TrackerError};
 use transport::{Arena, Chunk, ChunkMut};
 
 use super::image::{Ending, EpochImage, room_for_end};
-use crate::driver::worker::Desk;
 
 /// Chunks that stay ready beyond what the last epochs needed, so that nothing is allocated
 /// while the guest is paused.
@@ -42,7 +41,9 @@ pub(crate) enum Job {
         kind: EpochKind,
         audit: bool,
     },
-    /// Only right after a harvest.
+    /// What a harvest has left.
+    CopyRest,
+    /// Only after a harvest.
     Seal {
         base: Epoch,
         run_state: RunState,
@@ -50,8 +51,6 @@ pub(crate) enum Job {
     },
     DropDirt,
     MergeDirt,
-    /// Take the tracker out of QEMU: the last job.
-    Leave,
 }
 
 #[derive(Debug)]
@@ -73,10 +72,22 @@ pub(crate) enum Done {
         step: Step,
         text: String,
     },
-    Left,
 }
 
-/// What the worker is made of.
+/// An epoch between its harvest and its seal.
+struct OpenEpoch {
+    image: EpochImage,
+    /// Full, and not summed up yet: of a short harvest that is left for when the guest runs again.
+    full: Vec<ChunkBuilder<ChunkMut>>,
+    builder: ChunkBuilder<ChunkMut>,
+    audit: bool,
+    digest: Option<AuditDigest>,
+    began: Instant,
+    scan: Duration,
+}
+
+/// What the jobs are done with. When it is dropped, the kernel unregisters the guest's RAM from the
+/// tracker.
 pub(crate) struct PrimaryWorker {
     ram: GuestRam,
     tracker: Box<dyn Tracker>,
@@ -92,6 +103,7 @@ pub(crate) struct PrimaryWorker {
     /// Chunks that recent epochs took.
     usual_chunks: usize,
     device_buffer: Vec<u8>,
+    open: Option<OpenEpoch>,
 }
 
 impl PrimaryWorker {
@@ -112,68 +124,83 @@ impl PrimaryWorker {
             cursor: Cursor::default(),
             usual_chunks: 0,
             device_buffer: Vec::new(),
+            open: None,
         }
     }
 
-    /// Works until the driver is gone.
-    pub(crate) fn run(mut self, desk: &Desk<Job, Done>) {
-        let mut next = desk.next();
-        while let Some(job) = next {
-            next = match job {
-                Job::Harvest { frame, kind, audit } => self.epoch(desk, frame, kind, audit),
-                Job::Leave => {
-                    // The kernel unregisters the guest's RAM when the tracker's descriptor closes.
-                    drop(self);
-                    return desk.report(Done::Left);
-                }
-                job => {
-                    self.step(desk, job);
-                    desk.next()
-                }
-            };
-        }
-    }
-
-    fn step(&mut self, desk: &Desk<Job, Done>, job: Job) {
-        match job {
+    /// Does a job, or as much of it as fills `budget` chunks: then the rest is returned, and must
+    /// be the next job but for one that ends the epoch.
+    pub(crate) fn handle(
+        &mut self,
+        job: Job,
+        budget: usize,
+        report: &mut dyn FnMut(Done),
+    ) -> Option<Job> {
+        let result = match job {
             Job::ArmAll => {
-                self.pending.clear();
-                self.inflight.clear();
-                desk.report(match self.tracker.arm_all(&self.ram) {
-                    Ok(()) => Done::AllArmed,
-                    Err(error) => failed(Step::Arm, &error),
-                });
+                report(self.arm_all());
+                Ok(None)
             }
-            Job::StartRound { all } => desk.report(self.start_round(all)),
+            Job::StartRound { all } => {
+                report(self.start_round(all));
+                Ok(None)
+            }
             Job::FillRound {
                 frame,
                 first_index,
                 chunks,
             } => {
-                let done = self.fill_round(desk, frame, first_index, chunks);
-                desk.report(done);
+                let done = self.fill_round(frame, first_index, chunks, report);
+                report(done);
+                Ok(None)
             }
+            Job::Harvest { frame, kind, audit } => self
+                .open_epoch(frame, kind, audit)
+                .and_then(|open| self.copy(open, budget, report))
+                .map_err(|text| (Step::Harvest, text)),
+            Job::CopyRest => match self.open.take() {
+                Some(open) => self
+                    .copy(open, budget, report)
+                    .map_err(|text| (Step::Harvest, text)),
+                None => Ok(None), // the epoch was given up
+            },
+            Job::Seal {
+                base,
+                run_state,
+                device_bytes,
+            } => self
+                .seal(base, run_state, device_bytes, report)
+                .map(|()| None)
+                .map_err(|text| (Step::Seal, text)),
             Job::DropDirt => {
                 self.inflight.clear();
                 // Outside of the pause: have chunks ready for the next one.
                 self.arena
                     .reserve(self.usual_chunks + self.usual_chunks / 2 + SPARE_CHUNKS);
                 self.arena.shrink(2 * self.usual_chunks + SPARE_CHUNKS);
+                Ok(None)
             }
             Job::MergeDirt => {
+                self.open = None;
                 self.pending
                     .merge(&self.inflight)
                     .expect("both sets are of the same RAM");
                 self.inflight.clear();
+                Ok(None)
             }
-            Job::Seal { .. } => {
-                let text = "its harvest had failed".to_owned();
-                desk.report(Done::Failed {
-                    step: Step::Seal,
-                    text,
-                });
-            }
-            Job::Harvest { .. } | Job::Leave => unreachable!("handled by the loop"),
+        };
+        result.unwrap_or_else(|(step, text)| {
+            report(Done::Failed { step, text });
+            None
+        })
+    }
+
+    fn arm_all(&mut self) -> Done {
+        self.pending.clear();
+        self.inflight.clear();
+        match self.tracker.arm_all(&self.ram) {
+            Ok(()) => Done::AllArmed,
+            Err(error) => failed(Step::Arm, &error),
         }
     }
 
@@ -199,13 +226,13 @@ impl PrimaryWorker {
 
     fn fill_round(
         &mut self,
-        desk: &Desk<Job, Done>,
         frame: Frame,
         first_index: u32,
         chunks: u32,
+        report: &mut dyn FnMut(Done),
     ) -> Done {
         for index in first_index..first_index.saturating_add(chunks) {
-            let Some(mut memory) = self.arena.alloc() else {
+            let Some(memory) = self.arena.alloc() else {
                 // All chunks are on the way; the next fill finds some.
                 return Done::RoundFilled { done: false };
             };
@@ -214,15 +241,15 @@ impl PrimaryWorker {
                 kind: EpochKind::SyncRound,
                 index,
             };
-            let mut builder = ChunkBuilder::new(memory.as_mut_slice(), head);
+            let mut builder = ChunkBuilder::new(memory, head);
             let progress = match fill(&self.ram, &mut builder, &mut self.cursor) {
                 Ok(progress) => progress,
                 Err(error) => return failed(Step::Round, &error),
             };
             if !builder.is_empty() {
-                let sealed = builder.seal(false);
+                let (sealed, memory) = builder.finish(false);
                 let chunk = memory.freeze(sealed.used_bytes);
-                desk.report(Done::Chunk {
+                report(Done::Chunk {
                     index,
                     last: false,
                     chunk,
@@ -235,83 +262,102 @@ impl PrimaryWorker {
         Done::RoundFilled { done: false }
     }
 
-    /// A harvest, and the seal that follows it. Returns the job after that.
-    fn epoch(
+    fn open_epoch(
         &mut self,
-        desk: &Desk<Job, Done>,
         frame: Frame,
         kind: EpochKind,
         audit: bool,
-    ) -> Option<Job> {
-        match self.harvest(desk, frame, kind, audit) {
-            Ok(next) => next,
-            Err((step, text)) => {
-                desk.report(Done::Failed { step, text });
-                desk.next()
-            }
-        }
-    }
-
-    fn harvest(
-        &mut self,
-        desk: &Desk<Job, Done>,
-        frame: Frame,
-        kind: EpochKind,
-        audit: bool,
-    ) -> Result<Option<Job>, (Step, String)> {
-        let failed = |error: &dyn std::error::Error| (Step::Harvest, describe(error));
+    ) -> Result<OpenEpoch, String> {
+        self.open = None;
         let began = Instant::now();
-        self.take_dirt(kind).map_err(|e| failed(&e))?;
+        self.take_dirt(kind).map_err(|error| describe(&error))?;
         let scan = began.elapsed();
         let mut image = EpochImage::new(frame, kind);
+        let builder = image.begin(self.alloc()?);
+        Ok(OpenEpoch {
+            image,
+            full: Vec::new(),
+            builder,
+            audit,
+            digest: None,
+            began,
+            scan,
+        })
+    }
+
+    /// Copies dirty pages. The last chunk stays open for the device state. With a budget, also the
+    /// others stay open; without one they are pushed while the next one is filled.
+    fn copy(
+        &mut self,
+        mut open: OpenEpoch,
+        budget: usize,
+        report: &mut dyn FnMut(Done),
+    ) -> Result<Option<Job>, String> {
+        let describe = |error| describe(&error);
+        while fill(&self.ram, &mut open.builder, &mut self.cursor).map_err(describe)?
+            == Progress::Full
+        {
+            let next = open.image.begin(self.alloc()?);
+            open.full.push(std::mem::replace(&mut open.builder, next));
+            if budget == usize::MAX {
+                open.seal_full(report);
+            } else if open.full.len() == budget {
+                self.open = Some(open);
+                return Ok(Some(Job::CopyRest));
+            }
+        }
+        if open.audit {
+            open.digest = Some(AuditDigest(hash_blocks(&self.ram).map_err(describe)?));
+        }
+        report(Done::Harvested(Harvest {
+            dirty_pages: self.inflight.count(),
+            scan: open.scan,
+            copy: open.began.elapsed().saturating_sub(open.scan),
+        }));
+        self.open = Some(open);
+        Ok(None)
+    }
+
+    /// Ends the epoch: the guest runs again.
+    fn seal(
+        &mut self,
+        base: Epoch,
+        run_state: RunState,
+        device_bytes: u64,
+        report: &mut dyn FnMut(Done),
+    ) -> Result<(), String> {
+        let mut open = self.open.take().ok_or("its harvest had failed")?;
+        open.seal_full(report);
+        let OpenEpoch {
+            mut image,
+            mut builder,
+            digest,
+            ..
+        } = open;
+        self.read_device_state(device_bytes)?;
+        let end = Ending {
+            base,
+            run_state,
+            audit: digest,
+        };
+        if builder.device_room() < room_for_end(self.device_buffer.len()) {
+            report(image.seal(builder));
+            builder = image.begin(self.alloc()?);
+        }
+        let mut offset = 0;
         loop {
-            let mut memory = self.alloc().map_err(|text| (Step::Harvest, text))?;
-            let mut builder = ChunkBuilder::new(memory.as_mut_slice(), image.head());
-            let progress =
-                fill(&self.ram, &mut builder, &mut self.cursor).map_err(|e| failed(&e))?;
-            if progress == Progress::Full {
-                let sealed = builder.seal(false);
-                image.report(desk, memory, &sealed, false);
-                continue;
+            let rest = &self.device_buffer[offset..];
+            let last = builder.device_room() >= room_for_end(rest.len());
+            let piece = &rest[..rest.len().min(builder.device_room())];
+            builder.push_device(offset as u64, piece);
+            offset += piece.len();
+            if last {
+                report(image.end(builder, &end, self.device_buffer.len()));
+                self.usual_chunks = image.chunks();
+                return Ok(());
             }
-            let audit = audit
-                .then(|| hash_blocks(&self.ram))
-                .transpose()
-                .map_err(|e| failed(&e))?;
-            desk.report(Done::Harvested(Harvest {
-                dirty_pages: self.inflight.count(),
-                scan,
-                copy: began.elapsed().saturating_sub(scan),
-            }));
-            // The guest runs again from here on; the last chunk has stayed open for the rest.
-            let end = match desk.next() {
-                Some(Job::Seal {
-                    base,
-                    run_state,
-                    device_bytes,
-                }) => {
-                    self.read_device_state(device_bytes)
-                        .map_err(|text| (Step::Seal, text))?;
-                    Ending {
-                        base,
-                        run_state,
-                        audit: audit.map(AuditDigest),
-                    }
-                }
-                other => return Ok(other), // the boundary was aborted
-            };
-            if builder.device_room() >= room_for_end(self.device_buffer.len()) {
-                builder.push_device(0, &self.device_buffer);
-                let sealed = image.end(builder, &end, self.device_buffer.len());
-                image.report(desk, memory, &sealed, true);
-            } else {
-                let sealed = builder.seal(false);
-                image.report(desk, memory, &sealed, false);
-                self.end_apart(desk, &mut image, &end)
-                    .map_err(|text| (Step::Seal, text))?;
-            }
-            self.usual_chunks = image.chunks();
-            return Ok(desk.next());
+            report(image.seal(builder));
+            builder = image.begin(self.alloc()?);
         }
     }
 
@@ -332,33 +378,6 @@ impl PrimaryWorker {
         Ok(())
     }
 
-    /// Device state and trailer in chunks of their own: there was no room beside the pages.
-    fn end_apart(
-        &self,
-        desk: &Desk<Job, Done>,
-        image: &mut EpochImage,
-        end: &Ending,
-    ) -> Result<(), String> {
-        let mut offset = 0;
-        loop {
-            let mut memory = self.alloc()?;
-            let mut builder = ChunkBuilder::new(memory.as_mut_slice(), image.head());
-            let rest = &self.device_buffer[offset..];
-            let last = builder.device_room() >= room_for_end(rest.len());
-            let piece = &rest[..rest.len().min(builder.device_room())];
-            builder.push_device(offset as u64, piece);
-            offset += piece.len();
-            let sealed = match last {
-                true => image.end(builder, end, self.device_buffer.len()),
-                false => builder.seal(false),
-            };
-            image.report(desk, memory, &sealed, last);
-            if last {
-                return Ok(());
-            }
-        }
-    }
-
     fn read_device_state(&mut self, bytes: u64) -> Result<(), String> {
         let length = usize::try_from(bytes)
             .ok()
@@ -374,6 +393,14 @@ impl PrimaryWorker {
         self.arena
             .alloc()
             .ok_or_else(|| "an epoch larger than all of RAM".to_owned())
+    }
+}
+
+impl OpenEpoch {
+    fn seal_full(&mut self, report: &mut dyn FnMut(Done)) {
+        for builder in self.full.drain(..) {
+            report(self.image.seal(builder));
+        }
     }
 }
 
