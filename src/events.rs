@@ -223,6 +223,10 @@ impl Events {
                 let now = self.refused.add(text);
                 self.tell_refused(now);
             }
+            Report::PrimaryLeft => {
+                tracing::info!("the primary has detached: waiting for one");
+                self.write(Event::PrimaryLeft);
+            }
             Report::Syncing => {
                 tracing::info!("synchronising: would not take over yet");
                 self.write(Event::Syncing);

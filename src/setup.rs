@@ -25,6 +25,7 @@ use crate::config::{Mode, QemuSource, Settings};
 use crate::control::ControlServer;
 use crate::driver::backup::{self, BackupWorker, Standby};
 use crate::driver::primary::{self, PrimaryWorker, Qemu, Workshop};
+use crate::driver::report::Facts;
 use crate::driver::{clock, worker::Worker};
 use crate::events::{Attached, Events};
 use crate::exit::{self, Exit};
@@ -165,6 +166,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
         peer,
         tcp: TcpConfig::default(),
         events,
+        facts: Facts::new(settings.vm_id.clone()),
         control,
         signals,
         store,
@@ -247,6 +249,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
         nursery,
         worker,
         events,
+        facts: Facts::new(settings.vm_id.clone()),
         control,
         signals,
         store,

@@ -135,6 +135,9 @@ impl StatusLine {
                 self.last_epoch = Some((self.now, Duration::ZERO));
             }
             Report::LinkLost { .. } => self.protection = "link lost",
+            Report::PrimaryLeft => {
+                (self.protection, self.tainted) = ("waiting for a primary", false);
+            }
             Report::Activating { .. } => self.protection = "TAKING OVER",
             Report::Activated { .. } => self.protection = "the guest runs HERE",
             Report::NotActivating(_) => self.protection = "can't take over",

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use serde_json::Value;
@@ -18,6 +18,9 @@ use crate::exit::Exit;
 const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
 /// A switchover waits for an epoch and an activation; a detach for an acknowledgement.
 const END_PATIENCE: Duration = Duration::from_secs(60);
+/// A QEMU has to be started for it.
+const REHEARSAL_PATIENCE: Duration = Duration::from_secs(60);
+const REHEARSAL_POLL: Duration = Duration::from_millis(50);
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// The daemon is not there, or refuses: the exit code of both.
 const NO: Exit = Exit::Refused;
@@ -84,7 +87,8 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
         }
     };
     // The daemon would do nothing either, but only its log would say so.
-    if let Some(why) = obstacle(request, &daemon.ask(Request::Status)?) {
+    let before = daemon.ask(Request::Status)?;
+    if let Some(why) = obstacle(request, &before) {
         eprintln!("refused: {why}");
         return Ok(NO);
     }
@@ -99,10 +103,7 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
             say("asked for; `curling-rdma status` shows whether the guest runs\n");
             Ok(Exit::Clean)
         }
-        Request::Rehearse => {
-            say("asked for; the daemon tells the result in its log, and as event `rehearsed`\n");
-            Ok(Exit::Clean)
-        }
+        Request::Rehearse => daemon.wait_for_rehearsal(&before["rehearsals"]),
         Request::Status => unreachable!("status has its own way"),
     }
 }
@@ -115,6 +116,13 @@ fn obstacle(request: Request, status: &Value) -> Option<String> {
             Some(format!(
                 "the backup has no complete epoch to start from (state: {state})"
             ))
+        }
+        (Request::Continue, "primary") if status["link_up"] == true && status["fenced"] != true => {
+            Some(
+                "the backup answers, there is nothing to continue from; `curling-rdma detach` \
+                 ends the protection"
+                    .to_owned(),
+            )
         }
         (Request::Detach, "backup") if state == "active" => Some(
             "this host runs the guest now, there is nothing to stand down from; SIGTERM to the \
@@ -183,6 +191,29 @@ impl Daemon {
         }
         let wrong = || format!("the daemon at {socket} answers in another language");
         serde_json::from_str(&answer).with_context(wrong)
+    }
+
+    /// The daemon counts rehearsals: one more than before is ours, or as new.
+    fn wait_for_rehearsal(&mut self, before: &Value) -> anyhow::Result<Exit> {
+        let deadline = Instant::now() + REHEARSAL_PATIENCE;
+        loop {
+            let status = self.ask(Request::Status)?;
+            if status["rehearsals"] != *before {
+                let rehearsal = &status["rehearsal"];
+                let text = rehearsal["text"].as_str().unwrap_or_default();
+                if rehearsal["ok"] == true {
+                    say(&format!("a failover would work: {text}\n"));
+                    return Ok(Exit::Clean);
+                }
+                eprintln!("a failover would NOT work: {text}");
+                return Ok(Exit::Other);
+            }
+            if Instant::now() > deadline {
+                let seconds = REHEARSAL_PATIENCE.as_secs();
+                bail!("no result after {seconds} s: the log of the backup's daemon says why");
+            }
+            std::thread::sleep(REHEARSAL_POLL);
+        }
     }
 
     /// The daemon's end closes the connection.
@@ -295,11 +326,23 @@ fn table(socket: &Path, reply: &Value) -> String {
         rows.push(("silent for", age(&reply["silent_us"])));
     }
     rows.push(("term", number(&reply["term"])));
+    rows.push(("rehearsal", rehearsal(&reply["rehearsal"])));
     let mut table = format!("{name}\n");
     for (title, value) in rows {
         table += &format!("  {title:<11} {value}\n");
     }
     table
+}
+
+fn rehearsal(value: &Value) -> String {
+    match value["ok"].as_bool() {
+        None => "none yet".to_owned(),
+        Some(true) => format!("ok, {} ago", age(&value["age_us"])),
+        Some(false) => {
+            let text = value["text"].as_str().unwrap_or_default();
+            format!("FAILED, {} ago: {text}", age(&value["age_us"]))
+        }
+    }
 }
 
 fn number(value: &Value) -> String {
@@ -334,11 +377,13 @@ mod tests {
             "mode": "primary", "state": "protected", "protected": true, "link_up": true,
             "state_age_us": 7_500_000_000_u64, "epoch": 41, "behind_us": 21_300, "term": 2,
             "guest_running": true, "fenced": false,
+            "rehearsal": { "ok": true, "text": "it started", "age_us": 600_000_000_u64 },
         });
         let table = table(Path::new("/run/curling-rdma/web-primary.sock"), &reply);
         let expected = "web-primary\n  protected   yes (protected for 2 h 5 min)\n  \
                         link        up\n  epoch       41\n  behind      21.3 ms\n  \
-                        guest       running\n  term        2\n";
+                        guest       running\n  term        2\n  \
+                        rehearsal   ok, 10 min ago\n";
         assert_eq!(table, expected);
     }
 
@@ -368,6 +413,11 @@ mod tests {
                 Request::Continue,
                 status("primary", "unprotected", false),
                 false,
+            ),
+            (
+                Request::Continue,
+                json!({ "mode": "primary", "link_up": true, "fenced": false }),
+                true,
             ),
             (switchover, json!({ "error": "of another version" }), false),
         ];

@@ -56,8 +56,12 @@ fn turn(server: &mut ControlServer, asked: &mut Vec<Request>) {
     drop(fds);
     server.progress(&mut |request| {
         asked.push(request);
+        let rehearsals = asked.iter().filter(|r| **r == Request::Rehearse).count();
         match request {
-            Request::Status => json!({ "mode": "primary", "protected": true }),
+            Request::Status => json!({
+                "mode": "primary", "protected": true, "rehearsals": rehearsals,
+                "rehearsal": { "ok": true, "text": "it started", "age_us": 1 },
+            }),
             Request::Switchover => json!({ "error": "no backup" }),
             _ => json!({ "accepted": true }),
         }
@@ -94,9 +98,14 @@ fn an_operator_asks_and_is_answered() {
     assert_eq!(run(Operation::Detach { target: target() }), Exit::Clean);
     let asked = daemon.join().unwrap();
     use Request::{Continue, Detach, Rehearse, Status, Switchover};
-    // Before a command the client looks whether it makes sense.
-    let commands = [Rehearse, Continue, Switchover, Detach].map(|command| [Status, command]);
-    assert_eq!(asked, [&[Status, Status], commands.as_flattened()].concat());
+    // Before a command the client looks whether it makes sense; after a rehearsal, how it went.
+    let status = [Status, Status];
+    let rehearse = [Status, Rehearse, Status];
+    let others = [Continue, Switchover, Detach].map(|command| [Status, command]);
+    assert_eq!(
+        asked,
+        [&status[..], &rehearse, others.as_flattened()].concat()
+    );
     assert!(!scratch.socket().exists());
 }
 

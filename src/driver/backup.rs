@@ -22,7 +22,7 @@ pub(crate) use self::work::{BackupWorker, Done, Job};
 use super::clock;
 use super::poller::Poller;
 use super::proof::{Proof, ProofLane};
-use super::report;
+use super::report::Facts;
 use super::worker::Worker;
 use crate::control::{ControlServer, Request};
 use crate::events::Events;
@@ -57,6 +57,7 @@ pub(crate) struct Parts {
     pub(crate) nursery: Worker<Wish, Newborn>,
     pub(crate) worker: Worker<Job, Done>,
     pub(crate) events: Events,
+    pub(crate) facts: Facts,
     pub(crate) control: ControlServer,
     pub(crate) signals: Signals,
     pub(crate) store: StateStore,
@@ -393,7 +394,7 @@ impl Driver {
         let mut commands = Vec::new();
         self.parts.control.progress(&mut |request| {
             let command = match request {
-                Request::Status => return report::backup_status(&status, clock::now()),
+                Request::Status => return self.parts.facts.backup(&status, clock::now()),
                 Request::Detach => Command::StandDown,
                 Request::Rehearse => Command::Rehearse,
                 Request::Switchover | Request::Continue => {
@@ -509,7 +510,12 @@ impl Driver {
                 }
             }
             Action::EndStandby => self.parts.standby.end(),
-            Action::Report(report) => self.parts.events.backup(&report),
+            Action::Report(report) => {
+                if let Report::Rehearsed { ok, text } = &report {
+                    self.parts.facts.rehearsed(*ok, text);
+                }
+                self.parts.events.backup(&report);
+            }
             Action::Finish(end) => self.end = Some(end),
         }
     }

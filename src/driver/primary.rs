@@ -24,7 +24,7 @@ pub(crate) use self::workshop::Workshop;
 use super::clock;
 use super::poller::Poller;
 use super::proof::{Proof, ProofLane};
-use super::report;
+use super::report::Facts;
 use crate::control::{ControlServer, Request};
 use crate::events::Events;
 use crate::exit::Exit;
@@ -55,6 +55,7 @@ pub(crate) struct Parts {
     pub(crate) peer: SocketAddr,
     pub(crate) tcp: TcpConfig,
     pub(crate) events: Events,
+    pub(crate) facts: Facts,
     pub(crate) control: ControlServer,
     pub(crate) signals: Signals,
     pub(crate) store: StateStore,
@@ -377,7 +378,7 @@ impl Driver {
         let mut commands = Vec::new();
         self.parts.control.progress(&mut |request| {
             let command = match request {
-                Request::Status => return report::primary_status(&status, clock::now()),
+                Request::Status => return self.parts.facts.primary(&status, clock::now()),
                 Request::Detach => Command::Detach,
                 Request::Switchover => Command::Switchover,
                 Request::Continue => Command::Continue,
@@ -557,6 +558,9 @@ impl Driver {
     }
 
     fn report(&mut self, report: &Report) {
+        if let Report::Rehearsed { ok, text } = report {
+            self.parts.facts.rehearsed(*ok, text);
+        }
         self.parts.events.primary(report);
     }
 }

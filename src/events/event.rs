@@ -105,6 +105,7 @@ pub(super) enum Event<'a> {
         chunks: u32,
         pages: u64,
     },
+    PrimaryLeft,
     LinkLost {
         text: &'a str,
     },
@@ -234,6 +235,7 @@ mod tests {
             Event::GuestResumed,
             Event::Refused { text, count: 1 },
             Event::Syncing,
+            Event::PrimaryLeft,
             Event::Protecting { epoch },
             Event::Flipped {
                 epoch,
@@ -283,6 +285,7 @@ mod tests {
             | Event::Unfenced => {}
             Event::Throttled { .. } | Event::GuestStopped | Event::GuestResumed => {}
             Event::Refused { .. } | Event::Syncing | Event::Protecting { .. } => {}
+            Event::PrimaryLeft => {}
             Event::Flipped { .. } | Event::LinkLost { .. } | Event::Activating { .. } => {}
             Event::Failover { .. } | Event::NotActivating { .. } | Event::Audit { .. } => {}
             Event::Rehearsed { .. } | Event::Note { .. } | Event::Error { .. } => {}

@@ -136,6 +136,14 @@ fn report(pair: &Pair, setup: &Setup, killed_us: u64, failover: &Value) -> Resul
     // Audited boundaries hash all of RAM while the guest stands still: they have their own line.
     let (audited, ordinary) = pauses(pair, &boundaries);
     let floors = pair.guest_proxy.seen(|seen| seen.floors_us.clone());
+    // The backup's own figure counts from the last heartbeat, which is before the kill.
+    let decided = pair
+        .backup
+        .events()
+        .into_iter()
+        .find(|e| e["event"] == "activating");
+    let decided_us = decided.and_then(|e| e["time_us"].as_u64());
+    let decided_us = decided_us.context("the backup tells no decision")?;
     let resumed_us = pair.standby_proxy.seen(|seen| seen.resumed_at_us);
     let epoch = failover["epoch"]
         .as_u64()
@@ -163,7 +171,7 @@ fn report(pair: &Pair, setup: &Setup, killed_us: u64, failover: &Value) -> Resul
         "dirty_pages": quantiles(&pair.primary.numbers("epoch", "dirty_pages")),
         "audits": { "run": audits.len(), "mismatches": mismatches },
         "failover": {
-            "detect_us": failover["detect_us"],
+            "detect_us": decided_us.saturating_sub(killed_us),
             "activate_us": failover["activate_us"],
             "total_us": resumed_us.saturating_sub(killed_us),
             "epoch": epoch,

@@ -206,6 +206,8 @@ pub enum Report {
         took: Duration,
     },
     NotActivating(String),
+    /// It has detached; this one waits for another.
+    PrimaryLeft,
     Rehearsed {
         ok: bool,
         text: String,

@@ -307,9 +307,7 @@ impl Backup {
                 self.finish(super::End::PoweredOff);
             }
             Farewell::Detach | Farewell::StandDown => {
-                self.report(Report::Note(
-                    "the primary detached; waiting for one".to_owned(),
-                ));
+                self.report(Report::PrimaryLeft);
                 // The primary closes the link when it has read our answer: a FIN of ours on the
                 // bulk lane could overtake that.
                 self.on_link_up(link);
