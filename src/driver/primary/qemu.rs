@@ -21,8 +21,6 @@ use crate::driver::proof::HeldProofs;
 
 /// How often shape, run state and migration blockers are looked at.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
-/// If a boundary is under way then.
-const WATCH_RETRY: Duration = Duration::from_millis(7);
 /// A QEMU that has not stopped by then is frozen by the kernel: the backup counts on it.
 const FENCE_PATIENCE: Duration = Duration::from_millis(40);
 /// For the last commands, when the loop is over.
@@ -175,14 +173,15 @@ impl Qemu {
 
     pub(super) fn next_timeout(&self) -> Option<Micros> {
         if self.gone {
-            None
-        } else {
-            Some(
-                self.fence_until
-                    .unwrap_or(self.next_watch)
-                    .min(self.next_watch),
-            )
+            return None;
         }
+        let watch = self.may_watch().then_some(self.next_watch);
+        self.fence_until.into_iter().chain(watch).min()
+    }
+
+    /// Not inside of a boundary, or the guest would stand still for the answers.
+    fn may_watch(&self) -> bool {
+        self.pending.is_empty() && !self.frozen
     }
 
     pub(super) fn on_time(&mut self, now: Micros) {
@@ -197,15 +196,12 @@ impl Qemu {
                 tracing::error!("freezing QEMU failed: {error}");
             }
         }
-        if now >= self.next_watch {
+        // When epochs follow each other without a gap, this is between the reply to `cont` and the
+        // next `stop`: the loop comes here after every reply.
+        if now >= self.next_watch && self.may_watch() {
             self.next_watch = now + WATCH_EVERY;
-            // Not inside of a boundary: the guest would stand still for the answers.
-            if self.pending.is_empty() && !self.frozen {
-                if let Err(error) = self.watch.ask(&mut self.qmp) {
-                    tracing::warn!("looking at the VM again failed: {error}");
-                }
-            } else {
-                self.next_watch = now + WATCH_RETRY;
+            if let Err(error) = self.watch.ask(&mut self.qmp) {
+                tracing::warn!("looking at the VM again failed: {error}");
             }
         }
     }
