@@ -67,7 +67,9 @@ impl QemuOption {
 
     /// The words that it is on a command line.
     pub fn words(&self) -> impl Iterator<Item = String> + '_ {
-        let dashed = (!self.name.is_empty()).then(|| format!("-{}", self.name));
+        // QEMU takes one dash or two; a name that begins with one needs both.
+        let dashes = if self.name.starts_with('-') { "--" } else { "-" };
+        let dashed = (!self.name.is_empty()).then(|| format!("{dashes}{}", self.name));
         dashed.into_iter().chain(self.value.clone())
     }
 
@@ -83,7 +85,7 @@ pub fn parse_options(words: &[String]) -> Vec<QemuOption> {
     let mut options = Vec::new();
     while let Some(word) = words.next() {
         let name = match word.strip_prefix('-') {
-            Some(name) if !name.is_empty() => name.strip_prefix('-').unwrap_or(name),
+            Some(name) if !matches!(name, "" | "-") => name.strip_prefix('-').unwrap_or(name),
             _ => {
                 options.push(QemuOption::new("", word));
                 continue;
