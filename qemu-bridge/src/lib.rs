@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod blocks;
 pub mod device_state;
+pub mod gate;
 pub mod gather;
 pub mod guardian;
 pub mod guest_ram;

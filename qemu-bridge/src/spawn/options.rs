@@ -68,7 +68,11 @@ impl QemuOption {
     /// The words that it is on a command line.
     pub fn words(&self) -> impl Iterator<Item = String> + '_ {
         // QEMU takes one dash or two; a name that begins with one needs both.
-        let dashes = if self.name.starts_with('-') { "--" } else { "-" };
+        let dashes = if self.name.starts_with('-') {
+            "--"
+        } else {
+            "-"
+        };
         let dashed = (!self.name.is_empty()).then(|| format!("{dashes}{}", self.name));
         dashed.into_iter().chain(self.value.clone())
     }

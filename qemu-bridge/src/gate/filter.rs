@@ -1,0 +1,232 @@
+//! The gate that every QEMU has: two `filter-buffer` objects on each netdev (net/filter-buffer.c).
+//!
+//! A filter-buffer with `status=on` holds packets; turned off, it lets go of what it holds.
+//! `queue=rx` is the direction from the guest, in which the object that was added last is met
+//! first. So the second stage is added first, and last of all a mirror: it copies what the guest
+//! sends to a socket of ours, which is how waiting output is noticed without asking QEMU.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+use serde_json::{Value, json};
+
+use super::{Gate, GateError, Operation};
+use crate::qmp::{Command, Qmp, QmpError};
+
+/// Microseconds of the guest's time after which QEMU would let packets go by itself: the most that
+/// fits, 71 minutes. Every boundary and every release begins it anew.
+const INTERVAL_US: u32 = 4_000_000_000;
+/// Bytes that one call drains of a mirror.
+const DRAIN_BYTES: usize = 64 << 10;
+
+/// The gate of all netdevs of one QEMU.
+#[derive(Debug)]
+pub struct FilterGate {
+    netdevs: Vec<Netdev>,
+    mirrors: Epoll,
+    buffer: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Netdev {
+    id: String,
+    /// Ids of the objects; short, because QEMU reads commands byte by byte.
+    second: String,
+    first: String,
+    mirror: String,
+    /// Of another name than the mirror: a partial path must not fit both.
+    outlet: String,
+    copies: OwnedFd,
+}
+
+impl FilterGate {
+    /// Adds the objects, open, to each of `netdevs`. Blocks. What an earlier daemon has left is
+    /// replaced, and what that holds leaves.
+    ///
+    /// # Errors
+    /// QEMU refuses a netdev: it uses vhost, or has several queues. Nothing is left behind.
+    pub fn install(
+        qmp: &mut Qmp,
+        netdevs: &[String],
+        timeout: Duration,
+    ) -> Result<FilterGate, GateError> {
+        let mirrors =
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| failed("epoll_create", e))?;
+        let mut gate = FilterGate {
+            netdevs: Vec::new(),
+            mirrors,
+            buffer: vec![0; DRAIN_BYTES],
+        };
+        for (index, id) in netdevs.iter().enumerate() {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, flags);
+            let (copies, theirs) = pair.map_err(|e| failed("socketpair", e))?;
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, index as u64);
+            gate.mirrors
+                .add(&copies, event)
+                .map_err(|e| failed("epoll_ctl", e))?;
+            gate.netdevs.push(Netdev {
+                id: id.clone(),
+                second: format!("ftc{index}"),
+                first: format!("ftb{index}"),
+                mirror: format!("ftm{index}"),
+                outlet: format!("ftmo{index}"),
+                copies,
+            });
+            for left in gate.netdevs[index].removal() {
+                ignore_refusal(qmp.call(left, timeout))?;
+            }
+            if let Err(error) = gate.netdevs[index].install(qmp, theirs.as_fd(), timeout) {
+                for command in gate.remove() {
+                    ignore_refusal(qmp.call(command, timeout))?;
+                }
+                return Err(error);
+            }
+        }
+        Ok(gate)
+    }
+}
+
+impl Gate for FilterGate {
+    fn name(&self) -> String {
+        let ids: Vec<_> = self.netdevs.iter().map(|n| n.id.as_str()).collect();
+        format!("filter-buffer on {}", ids.join(", "))
+    }
+
+    fn perform(&mut self, operation: Operation) -> Result<Vec<Command>, GateError> {
+        let steps = |n: &Netdev| match operation {
+            Operation::Close => vec![n.second("on"), n.first("on"), n.mirror("on")],
+            Operation::Advance => vec![n.first("off"), n.first("on")],
+            Operation::Release => vec![n.second("off"), n.second("on")],
+            Operation::Open => vec![n.mirror("off"), n.first("off"), n.second("off")],
+        };
+        Ok(self.netdevs.iter().flat_map(steps).collect())
+    }
+
+    fn waiting_fd(&self) -> Option<BorrowedFd<'_>> {
+        (!self.netdevs.is_empty()).then(|| self.mirrors.0.as_fd())
+    }
+
+    /// A mirror that nobody reads would block QEMU: everything is read, and thrown away.
+    fn drain(&mut self) -> bool {
+        let mut any = false;
+        for netdev in &self.netdevs {
+            let copies = netdev.copies.as_raw_fd();
+            loop {
+                match recv(copies, &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
+                    Ok(count) if count > 0 => any = true,
+                    Err(Errno::EINTR) => {}
+                    Err(Errno::EAGAIN) => break,
+                    // Its end says no more than that QEMU is gone, or somebody took it out; epochs
+                    // are then as long as they are without output.
+                    Ok(_) | Err(_) => {
+                        let _ = self.mirrors.delete(&netdev.copies);
+                        break;
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    fn remove(&mut self) -> Vec<Command> {
+        self.netdevs.iter().flat_map(Netdev::removal).collect()
+    }
+}
+
+impl Netdev {
+    fn install(
+        &self,
+        qmp: &mut Qmp,
+        mirrored: BorrowedFd<'_>,
+        timeout: Duration,
+    ) -> Result<(), GateError> {
+        for id in [&self.second, &self.first] {
+            let buffer = self
+                .object("filter-buffer", id)
+                .arg("interval", INTERVAL_US);
+            self.refused(qmp.call(buffer, timeout))?;
+        }
+        let getfd = Command::new("getfd").arg("fdname", self.outlet.as_str());
+        qmp.call_with_fd(&getfd, mirrored, timeout)?;
+        let address = json!({ "type": "fd", "data": { "str": self.outlet } });
+        let socket = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        let chardev = Command::new("chardev-add")
+            .arg("id", self.outlet.as_str())
+            .arg("backend", socket);
+        self.refused(qmp.call(chardev, timeout))?;
+        let mirror = self
+            .object("filter-mirror", &self.mirror)
+            .arg("outdev", self.outlet.as_str());
+        self.refused(qmp.call(mirror, timeout))
+    }
+
+    fn object(&self, kind: &str, id: &str) -> Command {
+        Command::new("object-add")
+            .arg("qom-type", kind)
+            .arg("id", id)
+            .arg("netdev", self.id.as_str())
+            .arg("queue", "rx")
+            .arg("status", "off")
+    }
+
+    fn refused(&self, result: Result<Value, QmpError>) -> Result<(), GateError> {
+        match result {
+            Ok(_) => Ok(()),
+            Err(QmpError::Refused { source, .. }) => Err(GateError::Unsupported {
+                netdev: self.id.clone(),
+                why: source.desc,
+            }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn first(&self, status: &str) -> Command {
+        set_status(&self.first, status)
+    }
+
+    fn second(&self, status: &str) -> Command {
+        set_status(&self.second, status)
+    }
+
+    fn mirror(&self, status: &str) -> Command {
+        set_status(&self.mirror, status)
+    }
+
+    fn removal(&self) -> Vec<Command> {
+        let object = |id: &String| Command::new("object-del").arg("id", id.as_str());
+        let chardev = Command::new("chardev-remove").arg("id", self.outlet.as_str());
+        vec![
+            object(&self.mirror),
+            chardev,
+            object(&self.first),
+            object(&self.second),
+        ]
+    }
+}
+
+/// A path may be partial (qom/object.c, `object_resolve_path`).
+fn set_status(id: &str, status: &str) -> Command {
+    Command::new("qom-set")
+        .arg("path", id)
+        .arg("property", "status")
+        .arg("value", status)
+}
+
+/// Of a command that has nothing to do if it is refused.
+fn ignore_refusal(result: Result<Value, QmpError>) -> Result<(), QmpError> {
+    match result {
+        Ok(_) | Err(QmpError::Refused { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn failed(operation: &'static str, error: Errno) -> GateError {
+    GateError::System {
+        operation,
+        source: error.into(),
+    }
+}

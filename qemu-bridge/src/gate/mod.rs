@@ -1,0 +1,94 @@
+//! The output gate: what the guest sends in an epoch leaves the host when the backup has that epoch.
+//!
+//! Two stages. The running epoch's packets wait in the first; at a boundary they move on to the
+//! second, and the acknowledgement lets exactly those out. A gate holds one epoch that is not
+//! acknowledged: the next boundary comes after the release of the last one has returned.
+//!
+//! It fails closed. What is held when daemon or QEMU end stays held.
+
+mod filter;
+mod outputs;
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use crate::qmp::{Command, QmpError};
+pub use filter::FilterGate;
+pub use outputs::{Output, outputs};
+
+/// What the epoch engine wants of a gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Hold from now on: at the first boundary. The guest is paused.
+    Close,
+    /// At a boundary: what is in the first stage goes to the second. The guest is paused.
+    Advance,
+    /// What is in the second stage may leave.
+    Release,
+    /// Let everything pass, also what is held.
+    Open,
+}
+
+/// A way to hold a guest's output.
+pub trait Gate: Send + fmt::Debug {
+    /// For people: which gate, on what.
+    fn name(&self) -> String;
+
+    /// Carries out an operation: at once, or by the commands that it returns. Those go to QEMU in
+    /// one write, after what was sent before; one that fails means that the gate can't be relied on.
+    ///
+    /// # Errors
+    /// It can't be carried out.
+    fn perform(&mut self, operation: Operation) -> Result<Vec<Command>, GateError>;
+
+    /// Readable when output begins to wait; then [`Gate::drain`].
+    fn waiting_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Takes notice of what waits. Returns whether there was anything new.
+    fn drain(&mut self) -> bool;
+
+    /// What takes the gate out of QEMU; held packets leave.
+    fn remove(&mut self) -> Vec<Command>;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum GateError {
+    #[error(
+        "netdev {netdev} can't be gated by filter-buffer ({why}): use a netdev without vhost and with \
+         one queue, --gate plug for a tap, or --gate off (then clients may see what a failover undoes)"
+    )]
+    Unsupported { netdev: String, why: String },
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error("{operation} for the output gate failed")]
+    System {
+        operation: &'static str,
+        source: std::io::Error,
+    },
+}
+
+/// For a VM whose output nobody holds, because it has none or because the operator said so.
+#[derive(Debug)]
+pub struct NoGate;
+
+impl Gate for NoGate {
+    fn name(&self) -> String {
+        "none".to_owned()
+    }
+
+    fn perform(&mut self, _operation: Operation) -> Result<Vec<Command>, GateError> {
+        Ok(Vec::new())
+    }
+
+    fn waiting_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn drain(&mut self) -> bool {
+        false
+    }
+
+    fn remove(&mut self) -> Vec<Command> {
+        Vec::new()
+    }
+}
