@@ -103,9 +103,17 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NAME")]
     pub(crate) vm_id: Option<String>,
 
-    /// Primary: milliseconds from one epoch to the next [default: 20].
+    /// Primary: the longest epoch, in milliseconds, of a guest that works [default: 20].
     #[arg(long, value_name = "MS")]
     pub(crate) epoch_ms: Option<u64>,
+    /// Primary: milliseconds that the guest runs at least between two epochs, when output waits for
+    /// an acknowledgement [default: 2].
+    #[arg(long, value_name = "MS")]
+    pub(crate) min_epoch_ms: Option<u64>,
+    /// Primary: the longest epoch, in milliseconds, of a gated guest that does and says next to
+    /// nothing [default: 100].
+    #[arg(long, value_name = "MS")]
+    pub(crate) idle_epoch_ms: Option<u64>,
     /// Primary: milliseconds between heartbeats [default: 50].
     #[arg(long, value_name = "MS")]
     pub(crate) heartbeat_ms: Option<u64>,
@@ -129,6 +137,11 @@ pub(crate) struct Options {
     /// [default: 0].
     #[arg(long, value_name = "N")]
     pub(crate) audit_every: Option<u64>,
+    /// Primary: what holds the guest's packets until the backup has their epoch. `filter` works with
+    /// every netdev without vhost and with one queue; `off` lets them go at once, and clients may
+    /// see what a failover undoes [default: auto].
+    #[arg(long, value_enum)]
+    pub(crate) gate: Option<GateName>,
     /// What carries the epochs; `auto` is tcp in this build [default: auto].
     #[arg(long, value_enum)]
     pub(crate) transport: Option<TransportName>,
@@ -152,6 +165,10 @@ pub(crate) struct Options {
     /// the guest finds on them whatever the backup host has there.
     #[arg(long)]
     pub(crate) allow_unreplicated_disks: bool,
+    /// Protect a guest that reaches other machines past the gate: a serial port on TCP, VNC, a
+    /// shared folder. What it says there can't be held back.
+    #[arg(long)]
+    pub(crate) allow_ungated: bool,
 
     /// The QEMU to start, after `--`.
     #[arg(last = true, value_name = "QEMU COMMAND LINE")]
@@ -189,6 +206,14 @@ pub(crate) enum TrackerName {
     Auto,
     Uffd,
     Compare,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum GateName {
+    Auto,
+    Filter,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
@@ -275,12 +300,15 @@ impl Options {
             qmp,
             vm_id: self.vm_id.or(file.vm_id),
             epoch_ms: self.epoch_ms.or(file.epoch_ms),
+            min_epoch_ms: self.min_epoch_ms.or(file.min_epoch_ms),
+            idle_epoch_ms: self.idle_epoch_ms.or(file.idle_epoch_ms),
             heartbeat_ms: self.heartbeat_ms.or(file.heartbeat_ms),
             failover_after_ms: self.failover_after_ms.or(file.failover_after_ms),
             on_backup_loss: self.on_backup_loss.or(file.on_backup_loss),
             max_unacked_ms: self.max_unacked_ms.or(file.max_unacked_ms),
             tracker: self.tracker.or(file.tracker),
             audit_every: self.audit_every.or(file.audit_every),
+            gate: self.gate.or(file.gate),
             transport: self.transport.or(file.transport),
             events: self.events.or(file.events),
             state_dir: self.state_dir.or(file.state_dir),
@@ -288,6 +316,7 @@ impl Options {
             allow_unauthenticated: self.allow_unauthenticated || file.allow_unauthenticated,
             allow_unreplicated_disks: self.allow_unreplicated_disks
                 || file.allow_unreplicated_disks,
+            allow_ungated: self.allow_ungated || file.allow_ungated,
             qemu,
         }
     }

@@ -16,9 +16,13 @@ use qemu_bridge::tracker::TrackerChoice;
 
 pub(crate) use self::file::FileError;
 pub(crate) use self::places::{control_socket, runtime_dir};
-use crate::cli::{DaemonArgs, ModeName, OnBackupLossName, Options, TrackerName, TransportName};
+use crate::cli::{
+    DaemonArgs, GateName, ModeName, OnBackupLossName, Options, TrackerName, TransportName,
+};
 
 const EPOCH_MS: u64 = 20;
+const EPOCH_MIN_MS: u64 = 2;
+const EPOCH_IDLE_MS: u64 = 100;
 const HEARTBEAT_MS: u64 = 50;
 const FAILOVER_AFTER_MS: u64 = 1000;
 const MAX_UNACKED_MS: u64 = 2000;
@@ -36,6 +40,8 @@ pub(crate) struct Settings {
     pub(crate) vm_id: String,
     pub(crate) dry_run: bool,
     pub(crate) epoch: Duration,
+    pub(crate) epoch_min: Duration,
+    pub(crate) epoch_idle: Duration,
     pub(crate) heartbeat: Duration,
     pub(crate) lease: Duration,
     pub(crate) on_backup_loss: OnBackupLoss,
@@ -43,7 +49,9 @@ pub(crate) struct Settings {
     pub(crate) tracker: TrackerChoice,
     /// 0 is never.
     pub(crate) audit_every: u64,
+    pub(crate) gate: GateName,
     pub(crate) allow_unreplicated_disks: bool,
+    pub(crate) allow_ungated: bool,
     pub(crate) events: Option<PathBuf>,
     pub(crate) state_dir: PathBuf,
     pub(crate) control: PathBuf,
@@ -190,6 +198,8 @@ impl Settings {
             vm_id,
             dry_run,
             epoch: times.epoch,
+            epoch_min: times.epoch_min,
+            epoch_idle: times.epoch_idle,
             heartbeat: times.heartbeat,
             lease: times.lease,
             on_backup_loss: match options.on_backup_loss {
@@ -203,7 +213,9 @@ impl Settings {
                 Some(TrackerName::Auto) | None => TrackerChoice::Auto,
             },
             audit_every: options.audit_every.unwrap_or(0),
+            gate: options.gate.unwrap_or(GateName::Auto),
             allow_unreplicated_disks: options.allow_unreplicated_disks,
+            allow_ungated: options.allow_ungated,
             events: options.events,
             state_dir: options.state_dir.map_or_else(places::state_dir, Ok)?,
             control,
@@ -229,6 +241,13 @@ fn refuse_other_modes(mode: ModeName, line: &Options) -> Result<(), ConfigError>
                     "the backup waits on --listen",
                 ),
                 ("--epoch-ms", line.epoch_ms.is_some(), learns),
+                ("--min-epoch-ms", line.min_epoch_ms.is_some(), learns),
+                ("--idle-epoch-ms", line.idle_epoch_ms.is_some(), learns),
+                (
+                    "--gate",
+                    line.gate.is_some(),
+                    "leave it out here, the primary's output is held",
+                ),
                 ("--heartbeat-ms", line.heartbeat_ms.is_some(), learns),
                 (
                     "--failover-after-ms",
@@ -363,6 +382,8 @@ fn guest_name(argv: &[String]) -> Option<String> {
 
 struct Times {
     epoch: Duration,
+    epoch_min: Duration,
+    epoch_idle: Duration,
     heartbeat: Duration,
     lease: Duration,
     max_unacked: Duration,
@@ -375,6 +396,21 @@ impl Times {
         let lease_ms = options.failover_after_ms.unwrap_or(FAILOVER_AFTER_MS);
         let max_unacked_ms = options.max_unacked_ms.unwrap_or(MAX_UNACKED_MS);
         in_range("--epoch-ms", epoch_ms, 1..=10_000, "20 suits most guests")?;
+        // Where the defaults don't fit an epoch that was asked for, they follow it.
+        let min_ms = options.min_epoch_ms.unwrap_or(EPOCH_MIN_MS.min(epoch_ms));
+        let idle_ms = options.idle_epoch_ms.unwrap_or(EPOCH_IDLE_MS.max(epoch_ms));
+        in_range(
+            "--min-epoch-ms",
+            min_ms,
+            0..=epoch_ms,
+            "2 suits most guests; it is at most --epoch-ms",
+        )?;
+        in_range(
+            "--idle-epoch-ms",
+            idle_ms,
+            epoch_ms..=10_000,
+            "100 suits most guests; it is at least --epoch-ms",
+        )?;
         in_range(
             "--heartbeat-ms",
             heartbeat_ms,
@@ -409,6 +445,8 @@ impl Times {
         }
         Ok(Times {
             epoch: Duration::from_millis(epoch_ms),
+            epoch_min: Duration::from_millis(min_ms),
+            epoch_idle: Duration::from_millis(idle_ms),
             heartbeat: Duration::from_millis(heartbeat_ms),
             lease: Duration::from_millis(lease_ms),
             max_unacked: Duration::from_millis(max_unacked_ms),

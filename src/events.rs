@@ -19,8 +19,8 @@ use self::refused::Refused;
 use crate::screen::{self, Show};
 use crate::status_line::{Due, StatusLine};
 
-/// What this build doesn't hold yet.
-const NO_GATE: &str = "there is no output gate yet: what the guest sends leaves at once, so after a \
+/// What `--gate off` means.
+const NO_GATE: &str = "the output gate is off: what the guest sends leaves at once, so after a \
                        failover others may have seen up to an epoch more than the guest remembers; \
                        and a primary that is only cut off can be heard until its lease ends";
 
@@ -75,7 +75,11 @@ impl Events {
         if let Some(pause_us) = expected_pause_us {
             let pause_ms = *pause_us as f64 / 1e3;
             tracing::info!("expect each epoch to pause the guest {pause_ms:.1} ms");
-            tracing::warn!("{NO_GATE}");
+        }
+        match attached.gate.as_deref() {
+            None => {}
+            Some("off") => tracing::warn!("{NO_GATE}"),
+            Some(gate) => tracing::info!("output gate: {gate}"),
         }
         self.write(Event::Attached(attached));
     }

@@ -1,5 +1,6 @@
 //! From settings to a running loop: QEMU, its RAM, a tracker, the machine.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -8,12 +9,15 @@ use ft_core::limits::CHUNK_BYTES;
 use ft_core::primary::{Primary, PrimaryConfig, PrimaryVm};
 use ft_core::wire::{Frame, Hello, PROTOCOL_VERSION, Role as PeerRole, features};
 use ft_core::{Epoch, Session, VmShape, VmTag};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use qemu_bridge::blocks::{RamBlock, ram_blocks};
 use qemu_bridge::device_state::StateSink;
+use qemu_bridge::gate::{FilterGate, Gate, GateError, NoGate, Output, outputs};
 use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::qmp::{Command, Qmp};
 use qemu_bridge::refusals::{Allowances, Refusal, refusals};
-use qemu_bridge::shape::{ShapeWatch, query_shape};
+use qemu_bridge::shape::{ShapeWatch, parse_network, query_shape};
 use qemu_bridge::spawn::{QemuProcess, RamSource, Role, find_collisions};
 use qemu_bridge::standby::prepare_standby;
 use qemu_bridge::standby_ram::StandbyRam;
@@ -21,6 +25,7 @@ use qemu_bridge::tracker::{self, Tracker, self_test};
 use transport::Arena;
 use transport::tcp::{TcpConfig, TcpListener};
 
+use crate::cli::GateName;
 use crate::config::{Mode, QemuSource, Settings};
 use crate::control::ControlServer;
 use crate::driver::backup::{self, BackupWorker, Standby};
@@ -87,6 +92,26 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
             (Some(nursery), born)
         }
     };
+    let pid = Pid::from_raw(born.process.pid());
+    let spawned = nursery.is_some();
+    let parts = prepare_primary(settings, peer, signals, store, nursery, born);
+    if spawned && parts.is_err() {
+        // It was started to be protected; nobody would know of it. Nobody has waited for it, so
+        // the number is still its own.
+        let _ = kill(pid, Signal::SIGKILL);
+    }
+    primary::run(parts?)
+}
+
+/// From a QEMU to everything that the loop needs.
+fn prepare_primary(
+    settings: &Settings,
+    peer: SocketAddr,
+    signals: Signals,
+    store: StateStore,
+    nursery: Option<Nursery>,
+    born: Born,
+) -> anyhow::Result<primary::Parts> {
     let Subject {
         process,
         mut qmp,
@@ -94,13 +119,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
         shape,
         watch,
     } = Subject::look(born.process, born.qmp)?;
-    if let Err(refused) = refuse(&mut qmp, settings) {
-        // It was started to be protected; nobody would know of it.
-        if nursery.is_some() {
-            process.kill()?;
-        }
-        return Err(refused);
-    }
+    refuse(&mut qmp, settings)?;
     let hello = check_hello(&settings.vm_id, &shape, settings)?;
 
     let running = is_running(&mut qmp)?;
@@ -108,6 +127,12 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     let (tracker, said, scan) = prove_tracker(settings, &ram, &mut qmp, running)?;
     tracing::info!("{said}");
     let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
+    let (gate, gate_name) = install_gate(settings, &mut qmp)?;
+    // Without a gate that tells of waiting output, every epoch is the longest that may be.
+    let epoch_idle = match gate.waiting_fd() {
+        Some(_) => settings.epoch_idle,
+        None => settings.epoch,
+    };
     // A guest that powers off must not take QEMU with it before the backup knows.
     qmp.call(
         Command::new("set-action").arg("shutdown", "pause"),
@@ -122,6 +147,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
         accel: accel_of(&shape),
         ram_bytes: shape.ram_bytes(),
         tracker: tracker.name().to_owned(),
+        gate: Some(gate_name),
         expected_pause_us: Some(
             u64::try_from(expected_pause(scan).as_micros()).unwrap_or(u64::MAX),
         ),
@@ -145,6 +171,8 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
         session,
         term,
         epoch_interval: settings.epoch,
+        epoch_min: settings.epoch_min,
+        epoch_idle,
         heartbeat: settings.heartbeat,
         lease: settings.lease,
         on_backup_loss: settings.on_backup_loss,
@@ -153,7 +181,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
         sync_chunks: SYNC_CHUNKS,
     };
     let machine = Primary::new(config, PrimaryVm { shape, running }, clock::now());
-    primary::run(primary::Parts {
+    Ok(primary::Parts {
         machine,
         frame: Frame {
             vm,
@@ -161,7 +189,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
             term,
             epoch: Epoch::NONE,
         },
-        qemu: Qemu::new(qmp, process, sink, watch),
+        qemu: Qemu::new(qmp, process, sink, watch, gate),
         workshop,
         peer,
         tcp: TcpConfig::default(),
@@ -224,6 +252,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
         ram_bytes: shape.ram_bytes(),
         tracker: "none".to_owned(),
         expected_pause_us: None,
+        gate: None,
     });
     let arena = arena_for(&shape);
     let mut guard = Guard::start(process.pidfd())?;
@@ -262,7 +291,51 @@ fn refuse(qmp: &mut Qmp, settings: &Settings) -> anyhow::Result<()> {
     let allowed = Allowances {
         unreplicated_disks: settings.allow_unreplicated_disks,
     };
-    refuse_all(&refusals(qmp, allowed, ANSWER_PATIENCE)?)
+    let mut found = refusals(qmp, allowed, ANSWER_PATIENCE)?;
+    if matches!(settings.mode, Mode::Primary { .. }) && settings.gate != GateName::Off {
+        let ways_out = outputs(qmp, ANSWER_PATIENCE)?;
+        for output in &ways_out {
+            tracing::info!("a way out that no gate holds: {output}");
+        }
+        let far = |output: &Output| output.leaves_host && !settings.allow_ungated;
+        found.extend(ways_out.into_iter().filter(far).map(|output| Refusal {
+            name: output.name,
+            why: format!(
+                "the guest reaches other machines by it ({}), and what it says there can't be held \
+                 until the backup has it",
+                output.what
+            ),
+            cure: "bind it to loopback or a Unix socket, or take the risk with --allow-ungated".to_owned(),
+        }));
+    }
+    refuse_all(&found)
+}
+
+/// Holds the output of every NIC.
+fn install_gate(settings: &Settings, qmp: &mut Qmp) -> anyhow::Result<(Box<dyn Gate>, String)> {
+    if settings.gate == GateName::Off {
+        return Ok((Box::new(NoGate), "off".to_owned()));
+    }
+    let nics = parse_network(&qmp.human("info network", ANSWER_PATIENCE)?);
+    // A netdev that no NIC uses has nothing of the guest's to send.
+    let used = nics.iter().filter(|nic| !nic.model.is_empty());
+    let netdevs: Vec<_> = used
+        .flat_map(|nic| nic.netdevs.iter().map(|netdev| netdev.id.clone()))
+        .collect();
+    if netdevs.is_empty() {
+        return Ok((
+            Box::new(NoGate),
+            "not needed, the VM has no network".to_owned(),
+        ));
+    }
+    match FilterGate::install(qmp, &netdevs, ANSWER_PATIENCE) {
+        Ok(gate) => {
+            let name = gate.name();
+            Ok((Box::new(gate), name))
+        }
+        Err(error @ GateError::Unsupported { .. }) => Err(exit::Refusal(error.to_string()).into()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn refuse_all(found: &[Refusal]) -> anyhow::Result<()> {

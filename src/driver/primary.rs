@@ -13,6 +13,7 @@ use ft_core::Micros;
 use ft_core::primary::{Action, Command, End, GateState, Input, LinkDown, Primary, Report};
 use ft_core::wire::Frame;
 use nix::poll::PollFlags;
+use qemu_bridge::gate::Operation;
 use transport::tcp::{PairingId, TcpConfig, TcpConnector};
 use transport::{Chunk, Event, Grant, Link, LossKind};
 
@@ -42,6 +43,7 @@ enum Source {
     Qmp,
     Worker,
     Process,
+    Output,
     Control,
     Signal,
 }
@@ -176,6 +178,9 @@ impl Driver {
         if let Some(process) = parts.qemu.process_fd() {
             poller.watch(Source::Process, process);
         }
+        if let Some(output) = parts.qemu.output_fd() {
+            poller.watch(Source::Output, output);
+        }
         poller.watch(Source::Worker, parts.workshop.fd());
         poller.watch(Source::Signal, parts.signals.fd());
         for fd in parts.control.fds() {
@@ -226,6 +231,11 @@ impl Driver {
             Source::Connector => self.on_connector(),
             Source::Proof => self.on_proof(),
             Source::Qmp | Source::Process => self.on_qemu(),
+            Source::Output => {
+                if self.parts.qemu.notice_output() {
+                    self.input(Input::OutputWaiting);
+                }
+            }
             Source::Worker => {
                 // A `cont` of somebody else may wait in the socket: it ends the boundary, and
                 // must be known before the harvest is.
@@ -330,6 +340,16 @@ impl Driver {
     fn on_qemu(&mut self) {
         let mut inputs = Vec::new();
         self.parts.qemu.progress(&mut inputs);
+        self.feed(inputs);
+    }
+
+    fn gate(&mut self, operate: impl FnOnce(&mut Qemu, &mut Vec<QemuInput>)) {
+        let mut inputs = Vec::new();
+        operate(&mut self.parts.qemu, &mut inputs);
+        self.feed(inputs);
+    }
+
+    fn feed(&mut self, inputs: Vec<QemuInput>) {
         for input in inputs {
             let input = match input {
                 QemuInput::Paused => Input::Paused,
@@ -338,6 +358,8 @@ impl Driver {
                 QemuInput::Failed { step, text } => Input::StepFailed { step, text },
                 QemuInput::Event(event) => Input::Qemu(event),
                 QemuInput::ShapeChanged(text) => Input::ShapeChanged(text),
+                QemuInput::GateMoved => Input::GateMoved,
+                QemuInput::Released(epoch) => Input::Released(epoch),
                 QemuInput::ProofHeld(result) => {
                     self.on_proof_held(result);
                     continue;
@@ -427,10 +449,14 @@ impl Driver {
             // The loop's end leaves it as it was.
             Action::LeaveVm => {}
 
-            // There is no gate yet: moving and opening it is done at once.
-            Action::MoveGate | Action::Gate(GateState::Closed) => self.input(Input::GateMoved),
-            Action::Gate(GateState::Open) => {}
-            Action::Release(epoch) => self.input(Input::Released(epoch)),
+            Action::MoveGate => {
+                self.gate(|qemu, inputs| qemu.move_gate(Operation::Advance, inputs))
+            }
+            Action::Gate(GateState::Closed) => {
+                self.gate(|qemu, inputs| qemu.move_gate(Operation::Close, inputs));
+            }
+            Action::Gate(GateState::Open) => self.gate(Qemu::open_gate),
+            Action::Release(epoch) => self.gate(|qemu, inputs| qemu.release(epoch, inputs)),
 
             Action::ArmAll => self.work(Job::ArmAll),
             Action::StartRound { all } => self.work(Job::StartRound { all }),

@@ -47,6 +47,8 @@ pub(crate) struct Attached {
     pub(crate) tracker: String,
     /// Nothing is paused on a backup.
     pub(crate) expected_pause_us: Option<u64>,
+    /// Nothing is held on a backup.
+    pub(crate) gate: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -196,6 +198,7 @@ mod tests {
             ram_bytes: 1 << 28,
             tracker: "uffd".into(),
             expected_pause_us: Some(2100),
+            gate: Some("filter-buffer on n0".into()),
         }
     }
 

@@ -9,7 +9,7 @@ use std::collections::BinaryHeap;
 use std::time::Duration;
 
 use ft_core::backup::{Backup, BackupConfig, CheckWhen, State};
-use ft_core::primary::{OnBackupLoss, Primary, PrimaryConfig, PrimaryVm};
+use ft_core::primary::{Input, OnBackupLoss, Primary, PrimaryConfig, PrimaryVm};
 use ft_core::wire::Frame;
 use ft_core::{Epoch, Session, Term, VmTag};
 
@@ -161,6 +161,8 @@ impl World {
             session,
             term: terms[0],
             epoch_interval: micros(rng.range(2_000..=40_000)),
+            epoch_min: micros(rng.range(0..=5_000)),
+            epoch_idle: micros(rng.range(2_000..=100_000)),
             heartbeat: micros(heartbeat),
             lease: micros(lease),
             on_backup_loss: if rng.chance(200) {
@@ -453,8 +455,12 @@ impl World {
             .as_mut()
             .filter(|vm| vm.running && !vm.frozen)
         {
+            let held = packet && vm.gate.closed;
             let passed = vm.step(&mut self.rng, writes, packet);
             self.packets_pass(passed.as_slice());
+            if held {
+                self.to_primary(5, PrimaryIn::Other(Input::OutputWaiting));
+            }
         }
         if let Some(vm) = self.backup.vm.as_mut().filter(|vm| vm.running) {
             vm.step(&mut self.rng, writes, false);

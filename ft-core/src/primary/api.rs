@@ -14,8 +14,12 @@ pub struct PrimaryConfig {
     pub session: Session,
     /// The highest term that this host has stored.
     pub term: Term,
-    /// From one boundary to the next.
+    /// From one boundary to the next, unless output waits or the guest is idle.
     pub epoch_interval: Duration,
+    /// From `cont` to the next boundary at least, when output waits.
+    pub epoch_min: Duration,
+    /// From one boundary to the next of a guest that is idle and says nothing.
+    pub epoch_idle: Duration,
     pub heartbeat: Duration,
     /// T: without an answered heartbeat for this long, the guest is stopped.
     pub lease: Duration,
@@ -62,6 +66,8 @@ pub enum Input<'a> {
         text: String,
     },
     Released(Epoch),
+    /// The guest has sent something since the last boundary, and the gate holds it.
+    OutputWaiting,
     /// A chunk of the epoch (or of the live round) can be pushed.
     ChunkReady {
         index: u32,

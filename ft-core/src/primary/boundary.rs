@@ -1,7 +1,8 @@
 //! One boundary: pause, save while scanning and harvesting, move the gate, resume.
 //!
-//! The save and the harvest run at the same time, in QEMU and in the worker. Neither waits for
-//! the network. A step that fails ends the boundary: the guest goes on, the dirt goes back.
+//! The save and the harvest run at the same time, in QEMU and in the worker. The gate is moved
+//! right behind the save, in the same write to QEMU: if the boundary is aborted afterwards, what
+//! was moved leaves with the next acknowledgement, which covers it. Neither waits for the network. A step that fails ends the boundary: the guest goes on, the dirt goes back.
 
 use super::closing::Closing;
 use super::commands::Kind;
@@ -13,6 +14,10 @@ use std::time::Duration;
 /// After a failed boundary the next one waits, twice as long each time, up to a second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
+/// What a guest writes in an epoch in which it only waits: clocks, timers, a scheduler's tick.
+const IDLE_PAGES_MAX: u64 = 64;
+/// Work comes in bursts: one quiet epoch between two of them means nothing.
+const IDLE_EPOCHS: u32 = 8;
 
 #[derive(Debug)]
 pub(super) struct Boundary {
@@ -31,7 +36,6 @@ pub(super) struct Boundary {
     harvest: bool,
     gate: bool,
     resume: bool,
-    gate_asked: bool,
     resume_asked: bool,
     aborted: bool,
 }
@@ -42,11 +46,11 @@ impl Boundary {
     }
 
     fn work_done(&self) -> bool {
-        !self.pause && !self.save && !self.harvest
+        !self.pause && !self.save && !self.harvest && !self.gate
     }
 
     fn all_done(&self) -> bool {
-        self.work_done() && !self.gate && !self.resume
+        self.work_done() && !self.resume
     }
 }
 
@@ -90,6 +94,7 @@ impl Primary {
         let audit = self.config.audit_every > 0 && epoch.0.is_multiple_of(self.config.audit_every);
         let kind = std::mem::replace(&mut self.next_kind, EpochKind::Delta);
         self.next_boundary = self.now + self.config.epoch_interval;
+        self.output_waiting = false;
         self.boundary = Some(Boundary {
             epoch,
             kind,
@@ -102,9 +107,8 @@ impl Primary {
             pause: true,
             save: true,
             harvest: true,
-            gate: false,
+            gate: true,
             resume: false,
-            gate_asked: false,
             resume_asked: false,
             aborted: false,
         });
@@ -126,6 +130,14 @@ impl Primary {
         // Also a guest that stands still is told to: it may have been resumed a moment ago.
         self.pause_vm();
         self.act(Action::SaveDevices);
+        // Output of the epoch that starts now must wait for its acknowledgement, so the gate
+        // closes at the first boundary and not only when that is acknowledged.
+        let first = self.acknowledged == Epoch::NONE;
+        self.act(if first {
+            Action::Gate(GateState::Closed)
+        } else {
+            Action::MoveGate
+        });
     }
 
     fn harvest(&mut self) {
@@ -211,22 +223,6 @@ impl Primary {
         if !boundary.work_done() {
             return;
         }
-        if !boundary.gate_asked {
-            boundary.gate_asked = true;
-            boundary.gate = true;
-            // Output of the epoch that starts now must wait for its acknowledgement, so the
-            // gate closes at the first boundary and not only when that is acknowledged.
-            let first = self.acknowledged == Epoch::NONE;
-            let action = if first {
-                Action::Gate(GateState::Closed)
-            } else {
-                Action::MoveGate
-            };
-            return self.act(action);
-        }
-        if boundary.gate {
-            return;
-        }
         if !boundary.resume_asked {
             boundary.resume_asked = true;
             boundary.resume_at = self.now;
@@ -275,6 +271,7 @@ impl Primary {
             return;
         };
         self.failures = 0;
+        self.resumed_at = self.now;
         if resumed && let Some(inflight) = &mut self.inflight {
             inflight.phases = Phases {
                 cont: self.now.since(boundary.resume_at),
@@ -372,6 +369,30 @@ impl Primary {
             .min(RETRY_MAX);
         self.next_boundary = self.now + backoff;
         self.abandon_inflight();
+    }
+
+    /// The guest has sent something that waits for an acknowledgement.
+    pub(super) fn on_output_waiting(&mut self) {
+        self.output_waiting = true;
+        // A boundary that failed is not tried again sooner for it.
+        if self.failures == 0 {
+            let soonest = self.resumed_at + self.config.epoch_min;
+            self.next_boundary = self.next_boundary.min(soonest);
+        }
+    }
+
+    /// A guest that has done next to nothing for a while, and says nothing, has longer epochs.
+    pub(super) fn rest_if_idle(&mut self, dirty_pages: u64, boundary_at: Micros) {
+        let idle = dirty_pages <= IDLE_PAGES_MAX && !self.output_waiting && self.failures == 0;
+        self.idle_epochs = if idle {
+            self.idle_epochs.saturating_add(1)
+        } else {
+            0
+        };
+        if self.idle_epochs >= IDLE_EPOCHS {
+            let later = boundary_at + self.config.epoch_idle;
+            self.next_boundary = self.next_boundary.max(later);
+        }
     }
 
     /// Gives up an epoch that was not acknowledged. If part of it may be on its way, the link

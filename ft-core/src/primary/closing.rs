@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::session::{LinkState, RETRY_FAST};
-use super::{Action, End, Primary, Report};
+use super::{Action, End, GateState, Primary, Report};
 use crate::types::{Epoch, Micros};
 use crate::wire::{Farewell, Message};
 
@@ -184,6 +184,7 @@ impl Primary {
         }
         let answered = |c: &Closing| c.sent && matches!(c.kind, Kind::Detach(_) | Kind::PoweredOff);
         if self.closing.as_ref().is_some_and(answered) {
+            self.backup_may_activate = false;
             self.end_closing();
         }
     }
@@ -234,6 +235,10 @@ impl Primary {
             Kind::PoweredOff => {
                 self.act(Action::Guardian { armed: false });
                 self.store_unprotected();
+                if !self.backup_may_activate {
+                    // Its last words may leave.
+                    self.act(Action::Gate(GateState::Open));
+                }
                 self.act(Action::EndVm);
                 self.act(Action::CloseLink);
                 self.finish(End::PoweredOff);

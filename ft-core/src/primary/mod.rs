@@ -62,6 +62,11 @@ pub struct Primary {
     /// What the next epoch must carry.
     next_kind: EpochKind,
     next_boundary: Micros,
+    /// Of the last boundary.
+    resumed_at: Micros,
+    output_waiting: bool,
+    /// In a row.
+    idle_epochs: u32,
 
     boundary: Option<Boundary>,
     inflight: Option<Inflight>,
@@ -117,6 +122,9 @@ impl Primary {
             acknowledged_boundary: None,
             next_kind: EpochKind::Delta,
             next_boundary: now,
+            resumed_at: now,
+            output_waiting: false,
+            idle_epochs: 0,
             boundary: None,
             inflight: None,
             sync: None,
@@ -159,6 +167,7 @@ impl Primary {
             Input::Resumed => self.on_resumed(),
             Input::StepFailed { step, text } => self.on_step_failed(step, text),
             Input::Released(epoch) => self.on_released(epoch),
+            Input::OutputWaiting => self.on_output_waiting(),
             Input::ChunkReady { index, last, bytes } => self.on_chunk_ready(index, last, bytes),
             Input::ChunkPushed { index } => self.on_chunk_pushed(index),
             Input::AllArmed => self.on_all_armed(),

@@ -184,8 +184,12 @@ impl Primary {
             commit: acknowledged.since(resumed_at),
             phases: inflight.phases,
         };
+        let boundary_at = inflight.boundary_at;
         self.report(Report::Epoch(report));
         self.inflight = None;
+        if report.kind == EpochKind::Delta {
+            self.rest_if_idle(report.dirty_pages, boundary_at);
+        }
     }
 
     pub(super) fn throttle_deadline(&self) -> Option<Micros> {

@@ -68,6 +68,8 @@ pub(crate) fn primary_config() -> PrimaryConfig {
         session: Session(7),
         term: Term(1),
         epoch_interval: EPOCH,
+        epoch_min: EPOCH / 10,
+        epoch_idle: EPOCH,
         heartbeat: Duration::from_millis(50),
         lease: LEASE,
         on_backup_loss: OnBackupLoss::Pause,

@@ -5,11 +5,12 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use anyhow::Context;
-use ft_core::Micros;
 use ft_core::primary::{QemuEvent, Step};
+use ft_core::{Epoch, Micros};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use qemu_bridge::device_state::StateSink;
+use qemu_bridge::gate::{Gate, Operation};
 use qemu_bridge::qmp::{Command, Incoming, Qmp, RequestId};
 use qemu_bridge::shape::{Finding, ShapeWatch};
 use qemu_bridge::spawn::QemuProcess;
@@ -23,6 +24,8 @@ use crate::driver::proof::HeldProofs;
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// A QEMU that has not stopped by then is frozen by the kernel: the backup counts on it.
 const FENCE_PATIENCE: Duration = Duration::from_millis(40);
+/// For a guest's last output when it has powered off.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// For the last commands, when the loop is over.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -35,6 +38,8 @@ pub(super) enum QemuInput {
     Failed { step: Step, text: String },
     Event(QemuEvent),
     ShapeChanged(String),
+    GateMoved,
+    Released(Epoch),
     ProofHeld(Result<(), String>),
 }
 
@@ -46,6 +51,10 @@ enum Purpose {
     Resume,
     Fence,
     HoldProof,
+    /// An operation of the gate that needs more commands after this one, or tells nobody.
+    GateStep,
+    MoveGate,
+    Release(Epoch),
     /// Its failure is worth a line, nothing more.
     Other(&'static str),
 }
@@ -55,6 +64,11 @@ pub(crate) struct Qemu {
     process: QemuProcess,
     sink: StateSink,
     watch: ShapeWatch,
+    gate: Box<dyn Gate>,
+    /// It can't be relied on: nothing is released any more.
+    gate_broken: bool,
+    /// Its opening may be on the way.
+    gate_opening: bool,
     /// How the VM is no longer the one that was attached to.
     changed: Option<String>,
     batch: Vec<(Command, Purpose)>,
@@ -71,12 +85,21 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
-    pub(crate) fn new(qmp: Qmp, process: QemuProcess, sink: StateSink, watch: ShapeWatch) -> Qemu {
+    pub(crate) fn new(
+        qmp: Qmp,
+        process: QemuProcess,
+        sink: StateSink,
+        watch: ShapeWatch,
+        gate: Box<dyn Gate>,
+    ) -> Qemu {
         Qemu {
             qmp,
             process,
             sink,
             watch,
+            gate,
+            gate_broken: false,
+            gate_opening: false,
             changed: None,
             batch: Vec::new(),
             pending: HashMap::new(),
@@ -120,6 +143,72 @@ impl Qemu {
         self.batch.push((Command::new("cont"), Purpose::Resume));
     }
 
+    /// Closes the gate, or moves what it holds on. → [`QemuInput::GateMoved`]
+    pub(super) fn move_gate(&mut self, operation: Operation, inputs: &mut Vec<QemuInput>) {
+        self.gate_opening = false;
+        if self.operate(operation, Purpose::MoveGate, inputs) {
+            inputs.push(QemuInput::GateMoved);
+        }
+    }
+
+    /// Lets the acknowledged epoch's output out. → [`QemuInput::Released`]
+    pub(super) fn release(&mut self, epoch: Epoch, inputs: &mut Vec<QemuInput>) {
+        if self.gate_broken {
+            return; // what is held stays, until the end of the protection that is on its way
+        }
+        if self.operate(Operation::Release, Purpose::Release(epoch), inputs) {
+            inputs.push(QemuInput::Released(epoch));
+        }
+    }
+
+    pub(super) fn open_gate(&mut self, inputs: &mut Vec<QemuInput>) {
+        self.gate_opening = true;
+        self.operate(Operation::Open, Purpose::GateStep, inputs);
+    }
+
+    /// Whether it is done already.
+    fn operate(
+        &mut self,
+        operation: Operation,
+        purpose: Purpose,
+        inputs: &mut Vec<QemuInput>,
+    ) -> bool {
+        let commands = match self.gate.perform(operation) {
+            Ok(commands) => commands,
+            Err(error) => {
+                self.break_gate(&error.to_string(), inputs);
+                return false;
+            }
+        };
+        let steps = commands.len();
+        let purposes = (1..=steps).map(|n| {
+            if n < steps {
+                Purpose::GateStep
+            } else {
+                purpose
+            }
+        });
+        self.batch.extend(commands.into_iter().zip(purposes));
+        steps == 0
+    }
+
+    fn break_gate(&mut self, text: &str, inputs: &mut Vec<QemuInput>) {
+        self.gate_broken = true;
+        let what = format!("the output gate can't be relied on any more: {text}");
+        self.changed = Some(what.clone());
+        inputs.push(QemuInput::ShapeChanged(what));
+    }
+
+    /// Readable when the guest has sent something.
+    pub(super) fn output_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.gate.waiting_fd().filter(|_| !self.gone)
+    }
+
+    /// Whether there is output that was not there before.
+    pub(super) fn notice_output(&mut self) -> bool {
+        self.gate.drain()
+    }
+
     /// Stops the guest whatever else is going on. If QEMU does not answer, the kernel stops it.
     pub(super) fn fence(&mut self, now: Micros) {
         self.batch.push((Command::new("stop"), Purpose::Fence));
@@ -130,6 +219,11 @@ impl Qemu {
     /// Ends QEMU at once: the other host runs the guest, or the guest is done.
     pub(super) fn end(&mut self) {
         self.ended = true;
+        if std::mem::take(&mut self.gate_opening) {
+            // The guest's last words are on their way out: QEMU answers in order.
+            self.flush();
+            let _ = self.qmp.call(Command::new("query-status"), LAST_WORDS);
+        }
         if let Err(error) = self.process.kill() {
             tracing::warn!("ending QEMU failed: {error}");
         }
@@ -292,6 +386,21 @@ impl Qemu {
             Purpose::HoldProof => {
                 return inputs.push(QemuInput::ProofHeld(result.map(drop)));
             }
+            Purpose::GateStep | Purpose::MoveGate | Purpose::Release(_) => {
+                match (result, purpose) {
+                    (Ok(_), Purpose::MoveGate) => inputs.push(QemuInput::GateMoved),
+                    (Ok(_), Purpose::Release(epoch)) => inputs.push(QemuInput::Released(epoch)),
+                    (Ok(_), _) => {}
+                    (Err(text), purpose) => {
+                        self.break_gate(&text, inputs);
+                        if purpose == Purpose::MoveGate {
+                            let step = Step::Gate;
+                            inputs.push(QemuInput::Failed { step, text });
+                        }
+                    }
+                }
+                return;
+            }
             Purpose::Other(what) => {
                 if let Err(text) = result {
                     tracing::warn!("{what} failed: {text}");
@@ -339,7 +448,8 @@ impl Qemu {
         if self.gone || self.ended || !guest_stays {
             return;
         }
-        let mut last = self.proofs.drop_all();
+        let mut last = self.gate.remove();
+        last.extend(self.proofs.drop_all());
         last.push(self.sink.remove_command());
         last.push(Command::new("set-action").arg("shutdown", "poweroff"));
         for command in last {
