@@ -23,6 +23,8 @@ use serde_json::{Value, json};
 
 /// Of every so many boundaries one is followed by the same commands without a harvest.
 const FLOOR_EVERY: u64 = 8;
+/// Of the guests that floors are measured with.
+const NETDEV: &str = "n0";
 /// After the daemon's `cont`, so that both kinds of pause meet the same guest.
 const FLOOR_DELAY: Duration = Duration::from_millis(8);
 
@@ -297,7 +299,12 @@ impl Relay {
             let add =
                 json!({"execute": "add-fd", "arguments": {"fdset-id": 977}, "id": "floor-add"});
             let sink = [floors.sink.try_clone()?.into()];
-            return send(qemu, format!("{add}\n").as_bytes(), &sink);
+            send(qemu, format!("{add}\n").as_bytes(), &sink)?;
+            // One that holds nothing: there is a gate to move in the daemon's boundaries.
+            let filter = json!({"execute": "object-add", "id": "floor-filter", "arguments": {
+                "qom-type": "filter-buffer", "id": "floor", "netdev": NETDEV, "queue": "rx",
+                "interval": 4_000_000_000_u32, "status": "off"}});
+            return send(qemu, format!("{filter}\n").as_bytes(), &[]);
         }
         floors.begin()
     }
@@ -344,7 +351,9 @@ impl Relay {
             return Ok(false);
         };
         match message["id"].as_str() {
-            Some("floor-add") => floors.begin()?,
+            Some("floor-add") => {}
+            Some("floor-gate") => send(&floors.client, line, &[])?,
+            Some("floor-filter") => floors.begin()?,
             Some("floor-cont") => floors.stage = Stage::Idle,
             Some("floor-stop" | "floor-save") => send(&floors.client, line, &[])?,
             _ => return Ok(message.get("event").is_some()),
@@ -361,21 +370,28 @@ impl Floors {
     }
 }
 
-/// The commands of a boundary, as the daemon sends them: pause and save in one write, and `cont` as
-/// soon as the state is saved.
+/// The commands of a boundary, as the daemon sends them: pause, save and the gate in one write, and
+/// `cont` as soon as all of that is done.
 fn floor_client(proxy: &UnixStream) -> Result<()> {
     const STOP: &str = "{\"execute\":\"stop\",\"id\":\"floor-stop\"}\n";
     const SAVE: &str = "{\"execute\":\"xen-save-devices-state\",\"arguments\":{\"filename\":\
                         \"/dev/fdset/977\",\"live\":false},\"id\":\"floor-save\"}\n";
+    const GATE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"floor\",\"property\":\
+                        \"status\",\"value\":\"on\"},\"id\":\"floor-gate\"}\n\
+                        {\"execute\":\"qom-set\",\"arguments\":{\"path\":\"floor\",\"property\":\
+                        \"status\",\"value\":\"off\"},\"id\":\"floor-gate\"}\n";
     const CONT: &str = "{\"execute\":\"cont\",\"id\":\"floor-cont\"}\n";
+    let mut gates = 0;
     for line in BufReader::new(proxy).lines() {
         let line = line?;
         if line == "go" {
-            send(proxy, format!("{STOP}{SAVE}").as_bytes(), &[])?;
+            send(proxy, format!("{STOP}{SAVE}{GATE}").as_bytes(), &[])?;
             continue;
         }
         let reply: Value = serde_json::from_str(&line)?;
-        if reply["id"] == "floor-save" {
+        gates += u32::from(reply["id"] == "floor-gate");
+        if gates == 2 {
+            gates = 0;
             send(proxy, CONT.as_bytes(), &[])?;
         }
     }
