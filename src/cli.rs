@@ -37,13 +37,14 @@ Examples:
     curling-rdma detach
 
 The defaults:
-  An epoch begins every 20 ms: what the guest did in the last one is what a failover may repeat.
+  An epoch begins every 20 ms, sooner when the guest has sent something and later when it is idle:
+  what the guest did in the last one is what a failover may repeat. Its packets leave when the
+  backup has their epoch (--gate), so nobody has heard of what is repeated.
   A primary that hears nothing for 1000 ms stops its guest for good, and the backup starts it a
   little later: the network may be silent for that long without harm. A process that is killed is
   noticed at once.
   If the backup falls silent without proof of its death, the guest stops (--on-backup-loss pause):
-  never two copies. Until the output gate is built, a cut-off primary can still speak to the outside
-  for up to --failover-after-ms.
+  never two copies.
 
 Configuration file: the same names without the dashes, TOML; the command line wins.
     mode = \"primary\"

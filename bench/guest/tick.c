@@ -4,6 +4,7 @@
  *
  * It is process 1 of an initramfs. Arguments are the kernel's command line; of interest are
  *   workload_pages=N   pages to write every 20 ms (default 900)
+ *   say_every=N        broadcast the counter on eth0, by UDP, every N counts (default 0: never)
  * and what arrives on the console: `r` reboots, `p` powers off, `c` panics.
  *
  * Output on the console:
@@ -17,8 +18,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <arpa/inet.h>
+#include <net/if.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
@@ -61,6 +66,41 @@ static uint64_t physical_address(const void *page)
     return (entry & ((1ull << 55) - 1)) * PAGE;
 }
 
+static struct sockaddr_in address(const char *host, int port)
+{
+    struct sockaddr_in in = {.sin_family = AF_INET, .sin_port = htons(port)};
+    inet_pton(AF_INET, host, &in.sin_addr);
+    return in;
+}
+
+/* Brings eth0 up, in 10.0.0.0/8, and returns a socket whose packets are broadcast there. */
+static int broadcaster(void)
+{
+    int fd = socket(AF_INET, SOCK_DGRAM, 0), yes = 1;
+    struct ifreq eth = {.ifr_name = "eth0"};
+    struct sockaddr_in own = address("10.0.2.15", 0), all = address("10.255.255.255", 9);
+    memcpy(&eth.ifr_addr, &own, sizeof(own));
+    int failed = fd < 0 || ioctl(fd, SIOCSIFADDR, &eth);
+    eth.ifr_flags = IFF_UP | IFF_BROADCAST;
+    failed = failed || ioctl(fd, SIOCSIFFLAGS, &eth);
+    failed = failed || setsockopt(fd, SOL_SOCKET, SO_BROADCAST, &yes, sizeof(yes));
+    failed = failed || connect(fd, (struct sockaddr *)&all, sizeof(all));
+    if (failed) {
+        perror("eth0");
+        exit(1);
+    }
+    return fd;
+}
+
+static void say(int fd, uint64_t tick)
+{
+    char packet[12] = "TICK";
+    memcpy(packet + 4, &tick, sizeof(tick));
+    /* A full queue loses it, as a network does. */
+    if (send(fd, packet, sizeof(packet), MSG_DONTWAIT) < 0)
+        return;
+}
+
 static void command(char letter)
 {
     if (letter == 'r')
@@ -73,10 +113,13 @@ static void command(char letter)
 
 int main(int argc, char **argv)
 {
-    unsigned long workload = 900;
-    for (int i = 1; i < argc; i++)
+    unsigned long workload = 900, say_every = 0;
+    for (int i = 1; i < argc; i++) {
         if (!strncmp(argv[i], "workload_pages=", 15))
             workload = strtoul(argv[i] + 15, NULL, 10);
+        if (!strncmp(argv[i], "say_every=", 10))
+            say_every = strtoul(argv[i] + 10, NULL, 10);
+    }
     if (workload > POOL_PAGES)
         workload = POOL_PAGES;
 
@@ -90,6 +133,7 @@ int main(int argc, char **argv)
 
     volatile uint64_t *tick = (volatile uint64_t *)pages(1);
     unsigned char *pool = pages(POOL_PAGES);
+    int network = say_every ? broadcaster() : -1;
     *tick = 1;
     printf("TICKPAGE gpa=0x%llx\n", (unsigned long long)physical_address((void *)tick));
 
@@ -102,6 +146,8 @@ int main(int argc, char **argv)
         while (next_tick <= now) {
             next_tick += TICK_NS;
             ++*tick;
+            if (say_every && *tick % say_every == 0)
+                say(network, *tick);
         }
         if (now >= next_round) {
             next_round += ROUND_NS;

@@ -26,6 +26,10 @@ pub struct Guest {
     pub ram_mib: u64,
     pub work: Work,
     pub workload_pages: u32,
+    /// Broadcast the counter every so many counts; 0 is never.
+    pub say_every: u32,
+    /// Where a Linux guest's packets go, one UDP datagram on loopback for each; nowhere without.
+    pub listener: Option<u16>,
     pub vga: bool,
     /// More of what the guest sees.
     pub devices: Vec<String>,
@@ -43,6 +47,8 @@ impl Guest {
             ram_mib: 256,
             work: Work::Tick,
             workload_pages: 900,
+            say_every: 0,
+            listener: None,
             vga: false,
             devices: Vec::new(),
         })
@@ -72,9 +78,15 @@ impl Guest {
         match self.work {
             Work::Tick => {
                 // The serial port is a device of the guest; where it leads is the host's matter.
-                line.extend(words(
-                    "-netdev user,id=n0 -device virtio-net-pci,netdev=n0,romfile=",
-                ));
+                line.push("-netdev".into());
+                line.push(match self.listener {
+                    None => "user,id=n0".to_owned(),
+                    Some(port) => format!(
+                        "dgram,id=n0,remote.type=inet,remote.host=127.0.0.1,remote.port={port},\
+                         local.type=inet,local.host=127.0.0.1,local.port=0"
+                    ),
+                });
+                line.extend(words("-device virtio-net-pci,netdev=n0,romfile="));
                 line.extend(["-kernel".into(), cache::kernel()?.display().to_string()]);
                 line.extend([
                     "-initrd".into(),
@@ -82,8 +94,8 @@ impl Guest {
                 ]);
                 line.push("-append".into());
                 line.push(format!(
-                    "console=ttyS0 quiet panic=-1 workload_pages={}",
-                    self.workload_pages
+                    "console=ttyS0 quiet panic=-1 workload_pages={} say_every={}",
+                    self.workload_pages, self.say_every
                 ));
             }
             Work::BootSector => {

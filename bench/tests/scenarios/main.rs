@@ -7,6 +7,7 @@ mod deaths;
 mod faults;
 mod guests;
 mod operators;
+mod outputs;
 mod refusals;
 mod stage;
 

@@ -36,6 +36,16 @@ pub(crate) struct Standby {
     power_down_until: Option<Micros>,
 }
 
+/// Tells the switches where the guest's addresses are now: at 0, 50, 100, … ms, once for each NIC
+/// (RARP; the guest itself sends gratuitous ARP if its driver offers that).
+fn announce() -> Command {
+    Command::new("announce-self")
+        .arg("initial", 50)
+        .arg("max", 550)
+        .arg("rounds", 10)
+        .arg("step", 50)
+}
+
 impl Standby {
     /// `qmp` is connected to a standby that is prepared.
     pub(crate) fn new(qmp: Qmp, process: QemuProcess) -> Standby {
@@ -131,9 +141,12 @@ impl Standby {
                     inputs.push(StandbyInput::ActivationFailed(error.to_string()));
                 }
             }
-            Some(Progress::Loaded { .. } | Progress::Running { .. }) => {
+            Some(progress @ (Progress::Loaded { .. } | Progress::Running { .. })) => {
                 self.active = true;
                 inputs.push(StandbyInput::Activated);
+                if matches!(progress, Progress::Running { .. }) {
+                    self.submit(&[announce()]);
+                }
             }
             Some(Progress::Failed { why }) => {
                 // QEMU ends by itself; that isn't news any more.

@@ -131,6 +131,10 @@ impl Qemu {
     }
 
     pub(super) fn pause(&mut self) {
+        // Epochs may follow each other without a gap. QEMU answers these while the guest still runs.
+        if !self.frozen && !self.gone {
+            self.look(clock::now());
+        }
         self.batch.push((Command::new("stop"), Purpose::Pause));
     }
 
@@ -290,13 +294,19 @@ impl Qemu {
                 tracing::error!("freezing QEMU failed: {error}");
             }
         }
-        // When epochs follow each other without a gap, this is between the reply to `cont` and the
-        // next `stop`: the loop comes here after every reply.
-        if now >= self.next_watch && self.may_watch() {
-            self.next_watch = now + WATCH_EVERY;
-            if let Err(error) = self.watch.ask(&mut self.qmp) {
-                tracing::warn!("looking at the VM again failed: {error}");
-            }
+        if self.may_watch() {
+            self.look(now);
+        }
+    }
+
+    /// Asks what the VM is like now, if it is time.
+    fn look(&mut self, now: Micros) {
+        if now < self.next_watch {
+            return;
+        }
+        self.next_watch = now + WATCH_EVERY;
+        if let Err(error) = self.watch.ask(&mut self.qmp) {
+            tracing::warn!("looking at the VM again failed: {error}");
         }
     }
 
