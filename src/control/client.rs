@@ -321,6 +321,12 @@ fn table(socket: &Path, reply: &Value) -> String {
         };
         rows.push(("behind", age(&reply["behind_us"])));
         rows.push(("guest", format!("{running}{fenced}")));
+        if reply["dropped_packets"].as_u64().is_some_and(|n| n > 0) {
+            rows.push((
+                "dropped",
+                format!("{} packets", number(&reply["dropped_packets"])),
+            ));
+        }
     } else {
         rows.push(("applied", number(&reply["applied"])));
         rows.push(("silent for", age(&reply["silent_us"])));

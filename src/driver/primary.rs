@@ -397,10 +397,16 @@ impl Driver {
 
     fn on_control(&mut self) {
         let status = self.parts.machine.status();
+        let dropped_packets = self.parts.qemu.dropped_packets();
         let mut commands = Vec::new();
         self.parts.control.progress(&mut |request| {
             let command = match request {
-                Request::Status => return self.parts.facts.primary(&status, clock::now()),
+                Request::Status => {
+                    return self
+                        .parts
+                        .facts
+                        .primary(&status, dropped_packets, clock::now());
+                }
                 Request::Detach => Command::Detach,
                 Request::Switchover => Command::Switchover,
                 Request::Continue => Command::Continue,

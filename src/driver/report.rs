@@ -39,7 +39,12 @@ impl Facts {
         });
     }
 
-    pub(crate) fn primary(&self, status: &primary::Status, now: Micros) -> Value {
+    pub(crate) fn primary(
+        &self,
+        status: &primary::Status,
+        dropped_packets: u64,
+        now: Micros,
+    ) -> Value {
         let state = match status.state {
             primary::Protection::Unprotected => "unprotected",
             primary::Protection::Syncing => "syncing",
@@ -57,6 +62,7 @@ impl Facts {
             "term": status.term.0,
             "guest_running": status.guest_running && !status.fenced,
             "fenced": status.fenced,
+            "dropped_packets": dropped_packets,
         });
         self.complete(specific, now)
     }

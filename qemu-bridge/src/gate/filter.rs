@@ -13,12 +13,15 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use serde_json::{Value, json};
 
+use super::frames::FrameCounter;
 use super::{Gate, GateError, Operation};
 use crate::qmp::{Command, Qmp, QmpError};
 
 /// Microseconds of the guest's time after which QEMU would let packets go by itself: the most that
 /// fits, 71 minutes. Every boundary and every release begins it anew.
 const INTERVAL_US: u32 = 4_000_000_000;
+/// Packets that a stage holds (net/queue.c, `maxlen`); it drops what is over without a word.
+const STAGE_PACKETS: u64 = 10_000;
 /// Bytes that one call drains of a mirror.
 const DRAIN_BYTES: usize = 64 << 10;
 
@@ -40,6 +43,10 @@ struct Netdev {
     /// Of another name than the mirror: a partial path must not fit both.
     outlet: String,
     copies: OwnedFd,
+    frames: FrameCounter,
+    /// Packets in the first stage.
+    staged: u64,
+    dropped: u64,
 }
 
 impl FilterGate {
@@ -75,6 +82,9 @@ impl FilterGate {
                 mirror: format!("ftm{index}"),
                 outlet: format!("ftmo{index}"),
                 copies,
+                frames: FrameCounter::default(),
+                staged: 0,
+                dropped: 0,
             });
             for left in gate.netdevs[index].removal() {
                 ignore_refusal(qmp.call(left, timeout))?;
@@ -97,6 +107,10 @@ impl Gate for FilterGate {
     }
 
     fn perform(&mut self, operation: Operation) -> Result<Vec<Command>, GateError> {
+        if matches!(operation, Operation::Close | Operation::Advance) {
+            // What is on its way through the mirror is counted for the epoch that begins now.
+            self.netdevs.iter_mut().for_each(|netdev| netdev.staged = 0);
+        }
         let steps = |n: &Netdev| match operation {
             Operation::Close => vec![n.second("on"), n.first("on"), n.mirror("on")],
             Operation::Advance => vec![n.first("off"), n.first("on")],
@@ -113,11 +127,14 @@ impl Gate for FilterGate {
     /// A mirror that nobody reads would block QEMU: everything is read, and thrown away.
     fn drain(&mut self) -> bool {
         let mut any = false;
-        for netdev in &self.netdevs {
+        for netdev in &mut self.netdevs {
             let copies = netdev.copies.as_raw_fd();
             loop {
                 match recv(copies, &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
-                    Ok(count) if count > 0 => any = true,
+                    Ok(count) if count > 0 => {
+                        any = true;
+                        netdev.count(&self.buffer[..count]);
+                    }
                     Err(Errno::EINTR) => {}
                     Err(Errno::EAGAIN) => break,
                     // Its end says no more than that QEMU is gone, or somebody took it out; epochs
@@ -130,6 +147,10 @@ impl Gate for FilterGate {
             }
         }
         any
+    }
+
+    fn dropped_packets(&self) -> u64 {
+        self.netdevs.iter().map(|netdev| netdev.dropped).sum()
     }
 
     fn remove(&mut self) -> Vec<Command> {
@@ -162,6 +183,12 @@ impl Netdev {
             .object("filter-mirror", &self.mirror)
             .arg("outdev", self.outlet.as_str());
         self.refused(qmp.call(mirror, timeout))
+    }
+
+    fn count(&mut self, copies: &[u8]) {
+        let before = self.staged.max(STAGE_PACKETS);
+        self.staged += self.frames.feed(copies);
+        self.dropped += self.staged.saturating_sub(before);
     }
 
     fn object(&self, kind: &str, id: &str) -> Command {

@@ -7,6 +7,7 @@
 //! It fails closed. What is held when daemon or QEMU end stays held.
 
 mod filter;
+mod frames;
 mod outputs;
 
 use std::fmt;
@@ -47,6 +48,9 @@ pub trait Gate: Send + fmt::Debug {
     /// Takes notice of what waits. Returns whether there was anything new.
     fn drain(&mut self) -> bool;
 
+    /// Packets that were lost because more came in an epoch than a stage holds.
+    fn dropped_packets(&self) -> u64;
+
     /// What takes the gate out of QEMU; held packets leave.
     fn remove(&mut self) -> Vec<Command>;
 }
@@ -86,6 +90,10 @@ impl Gate for NoGate {
 
     fn drain(&mut self) -> bool {
         false
+    }
+
+    fn dropped_packets(&self) -> u64 {
+        0
     }
 
     fn remove(&mut self) -> Vec<Command> {

@@ -208,6 +208,10 @@ impl Qemu {
         self.gate.waiting_fd().filter(|_| !self.gone)
     }
 
+    pub(super) fn dropped_packets(&self) -> u64 {
+        self.gate.dropped_packets()
+    }
+
     /// Whether there is output that was not there before.
     pub(super) fn notice_output(&mut self) -> bool {
         self.gate.drain()
