@@ -320,7 +320,11 @@ fn table(socket: &Path, reply: &Value) -> String {
             ""
         };
         rows.push(("behind", age(&reply["behind_us"])));
-        rows.push(("guest", format!("{running}{fenced}")));
+        let paused = reply["paused_percent"].as_f64();
+        let paused = paused.map_or_else(String::new, |share| {
+            format!(", paused {share} % of the time")
+        });
+        rows.push(("guest", format!("{running}{fenced}{paused}")));
         if reply["dropped_packets"].as_u64().is_some_and(|n| n > 0) {
             rows.push((
                 "dropped",
@@ -382,13 +386,13 @@ mod tests {
         let reply = json!({
             "mode": "primary", "state": "protected", "protected": true, "link_up": true,
             "state_age_us": 7_500_000_000_u64, "epoch": 41, "behind_us": 21_300, "term": 2,
-            "guest_running": true, "fenced": false,
+            "guest_running": true, "fenced": false, "paused_percent": 11.5,
             "rehearsal": { "ok": true, "text": "it started", "age_us": 600_000_000_u64 },
         });
         let table = table(Path::new("/run/curling-rdma/web-primary.sock"), &reply);
         let expected = "web-primary\n  protected   yes (protected for 2 h 5 min)\n  \
                         link        up\n  epoch       41\n  behind      21.3 ms\n  \
-                        guest       running\n  term        2\n  \
+                        guest       running, paused 11.5 % of the time\n  term        2\n  \
                         rehearsal   ok, 10 min ago\n";
         assert_eq!(table, expected);
     }

@@ -590,8 +590,10 @@ impl Driver {
     }
 
     fn report(&mut self, report: &Report) {
-        if let Report::Rehearsed { ok, text } = report {
-            self.parts.facts.rehearsed(*ok, text);
+        match report {
+            Report::Rehearsed { ok, text } => self.parts.facts.rehearsed(*ok, text),
+            Report::Epoch(epoch) => self.parts.facts.paused(epoch.pause),
+            _ => {}
         }
         self.parts.events.primary(report);
     }

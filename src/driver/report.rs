@@ -1,5 +1,7 @@
 //! What `status` answers.
 
+use std::time::Duration;
+
 use ft_core::{Micros, backup, primary};
 use serde_json::{Value, json};
 
@@ -11,7 +13,21 @@ pub(crate) struct Facts {
     vm_id: String,
     rehearsals: u64,
     rehearsal: Option<Rehearsal>,
+    pauses: Pauses,
 }
+
+/// How much of the time the guest stands still. That is cut out of its clock: QEMU sets kvmclock and
+/// the emulated timers back when it goes on.
+#[derive(Debug)]
+struct Pauses {
+    window_began: Micros,
+    in_window: Duration,
+    /// Of the last full window.
+    share: Option<f64>,
+}
+
+/// Long enough for a steady figure.
+const PAUSE_WINDOW: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 struct Rehearsal {
@@ -26,6 +42,23 @@ impl Facts {
             vm_id,
             rehearsals: 0,
             rehearsal: None,
+            pauses: Pauses {
+                window_began: clock::now(),
+                in_window: Duration::ZERO,
+                share: None,
+            },
+        }
+    }
+
+    /// The guest stood still for an epoch.
+    pub(crate) fn paused(&mut self, pause: Duration) {
+        let pauses = &mut self.pauses;
+        pauses.in_window += pause;
+        let now = clock::now();
+        let window = now.since(pauses.window_began);
+        if window >= PAUSE_WINDOW {
+            pauses.share = Some(pauses.in_window.as_secs_f64() / window.as_secs_f64());
+            (pauses.window_began, pauses.in_window) = (now, Duration::ZERO);
         }
     }
 
@@ -63,6 +96,7 @@ impl Facts {
             "guest_running": status.guest_running && !status.fenced,
             "fenced": status.fenced,
             "dropped_packets": dropped_packets,
+            "paused_percent": self.pauses.share.map(|share| (share * 1000.0).round() / 10.0),
         });
         self.complete(specific, now)
     }
