@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// The repository's root.
 pub fn repo() -> PathBuf {
@@ -48,6 +48,14 @@ pub fn qemu_10() -> Result<PathBuf> {
     cached("qemu-10.0/run/qemu-system-x86_64")
 }
 
+/// What `scripts/setup lab` has put at NAME.
+///
+/// # Errors
+/// It has not run.
+pub fn lab(name: &str) -> Result<PathBuf> {
+    cached(&format!("lab/{name}")).context("run scripts/setup lab")
+}
+
 /// The program under test: `CURLING_RDMA`, or the one that was built beside this one.
 ///
 /// # Errors
@@ -56,12 +64,20 @@ pub fn program() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("CURLING_RDMA") {
         return Ok(path.into());
     }
+    built("curling-rdma")
+}
+
+/// A program of this workspace, built beside this one.
+///
+/// # Errors
+/// It was not built.
+pub fn built(name: &str) -> Result<PathBuf> {
     let mut path = std::env::current_exe()?;
     path.pop();
     if path.ends_with("deps") {
         path.pop();
     }
-    let path = path.join("curling-rdma");
+    let path = path.join(name);
     ensure!(
         path.exists(),
         "{} is missing: run cargo build first",

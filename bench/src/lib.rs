@@ -7,6 +7,7 @@ pub mod cache;
 pub mod daemon;
 pub mod guest;
 pub mod kill;
+pub mod lab;
 pub mod listener;
 pub mod memory;
 pub mod pair;
