@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::lab::supervisor::Client;
-use bench::lab::{Cable, Command, Ended, Event, Host, Running, Settings, agent, check};
+use bench::lab::{Cable, Command, Ended, Event, Host, Running, Settings, agent, check, probe};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 
@@ -80,6 +80,9 @@ enum Action {
         #[arg(long)]
         token: String,
     },
+    /// On a host, for `check`
+    #[command(hide = true)]
+    Probe,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -123,6 +126,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let lab = Client::new(&arguments.name);
     match &arguments.action {
         Action::Agent { port, token } => agent::serve(*port, token)?,
+        Action::Probe => println!("{}", probe::soft_dirty_by_pagemap_scan()?),
         Action::Check(make) => check::check(make.settings()?)?,
         Action::Supervise(make) => lab?.supervise(make.settings()?)?,
         Action::Up(_) => {

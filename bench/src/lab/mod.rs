@@ -13,6 +13,7 @@
 pub mod agent;
 pub mod check;
 mod machine;
+pub mod probe;
 mod reception;
 mod running;
 pub mod supervisor;
