@@ -91,7 +91,7 @@ struct Make {
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     ram_mib: u32,
     /// Of each host
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = Settings::vcpus_here())]
     vcpus: u32,
     /// A folder whose files may change while the hosts run, beside this repository
     #[arg(long, value_name = "DIR")]

@@ -25,6 +25,8 @@ const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
 nix::ioctl_read_bad!(bytes_in_pipe, nix::libc::FIONREAD, nix::libc::c_int);
 
+type MakeFrame = fn(Vec<u8>) -> Frame;
+
 /// Takes orders until the lab is gone.
 ///
 /// # Errors
@@ -153,7 +155,7 @@ fn relay(child: &mut Child, connection: &TcpStream) -> Result<()> {
     let exit = pidfd(child.id())?;
     let output = child.stdout.take().context("no standard output")?;
     let errors = child.stderr.take().context("no standard error")?;
-    let mut pipes: Vec<(File, fn(Vec<u8>) -> Frame)> = vec![
+    let mut pipes: Vec<(File, MakeFrame)> = vec![
         (OwnedFd::from(output).into(), Frame::Output),
         (OwnedFd::from(errors).into(), Frame::Errors),
     ];
@@ -203,7 +205,7 @@ fn waiting(pipe: &File) -> Result<usize> {
 fn pass(
     pipe: &mut File,
     at_most: usize,
-    frame: fn(Vec<u8>) -> Frame,
+    frame: MakeFrame,
     connection: &TcpStream,
 ) -> Result<usize> {
     let mut bytes = vec![0; at_most];

@@ -12,13 +12,16 @@ const PINGS: u64 = 3;
 /// Of one direction, where delay is looked at.
 const DELAY: Duration = Duration::from_millis(40);
 
+/// Gives what it saw.
+type Check = fn(&Lab) -> Result<String>;
+
 /// Boots a lab of its own and says what it saw.
 ///
 /// # Errors
 /// Something is not as promised: all of it is said on standard output, the last is returned.
 pub fn check(settings: Settings) -> Result<()> {
     let lab = Lab::up(settings).context("booting both hosts")?;
-    let checks: [(&str, fn(&Lab) -> Result<String>); 11] = [
+    let checks: [(&str, Check); 11] = [
         ("kernels", kernels),
         ("rdma links", rdma_links),
         ("devices and qdiscs", devices),

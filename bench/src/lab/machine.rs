@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, getppid};
 
+use super::prompt::make_prompt;
 use super::wire::{Order, Pong, read_line, write_line};
 use super::{Host, Settings};
 use crate::cache;
@@ -140,6 +141,13 @@ impl Machine {
         let mut state = self.state.lock();
         if state.token != token || state.pid.is_none() || connection.is_none() {
             return;
+        }
+        // Its main loop only: the threads that it has made by now, its vCPUs, are not meant.
+        if let Some(Err(error)) = state.pid.map(make_prompt) {
+            eprintln!(
+                "lab: host {} goes on without a short time slice: {error:#}",
+                self.host
+            );
         }
         state.orders = connection.take();
         self.state.changed.notify_all();

@@ -14,6 +14,7 @@ pub mod agent;
 pub mod check;
 mod machine;
 pub mod probe;
+mod prompt;
 mod reception;
 mod running;
 pub mod supervisor;
@@ -56,7 +57,8 @@ pub struct Settings {
     pub vcpus: u32,
     /// A host that takes longer to boot, or to answer, is thrown away.
     pub patience: Duration,
-    /// Folders of the machine whose files may change while the hosts run.
+    /// Folders of the machine whose files may change while the hosts run: this repository and
+    /// `CARGO_TARGET_DIR`, if not told otherwise.
     pub fresh: Vec<PathBuf>,
     /// What both hosts have, writable, as `/lab`; a folder that goes with the lab if none is given.
     pub shared: Option<PathBuf>,
@@ -84,15 +86,28 @@ pub struct Status {
 }
 
 impl Settings {
+    /// Half of the machine's processors: hosts that spin for the same ones are slow for each other.
+    pub fn vcpus_here() -> u32 {
+        let all = std::thread::available_parallelism().map_or(1, usize::from);
+        u32::try_from(all / 2).unwrap_or(1).clamp(1, 4)
+    }
+
     /// # Errors
     /// `scripts/setup lab` has not run, or the `lab` program was not built.
     pub fn new() -> Result<Settings> {
+        let mut fresh = vec![cache::repo()];
+        if let Some(target) = std::env::var_os("CARGO_TARGET_DIR")
+            && let Ok(target) = Path::new(&target).canonicalize()
+            && !target.starts_with(&fresh[0])
+        {
+            fresh.push(target);
+        }
         Ok(Settings {
             qemu: cache::qemu_10()?,
             ram_mib: 1024,
-            vcpus: 2,
+            vcpus: Settings::vcpus_here(),
             patience: Duration::from_secs(120),
-            fresh: vec![cache::repo()],
+            fresh,
             shared: None,
             agent: cache::built("lab")?,
         })

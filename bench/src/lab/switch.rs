@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::Host;
+use super::prompt::make_prompt;
 
 /// What waits in one direction at most; more is dropped, as by any switch.
 const QUEUE_BYTES: usize = 8 << 20;
@@ -158,6 +160,9 @@ impl fmt::Debug for Switch {
 }
 
 fn serve(shared: &Mutex<Shared>, mut ear: &UnixStream) {
+    if let Err(error) = make_prompt(Pid::from_raw(0)) {
+        eprintln!("lab: the switch goes on without a short time slice: {error:#}");
+    }
     let mut buffer = vec![0; 256 << 10];
     loop {
         let (sockets, writing, due) = lock(shared).wants();
