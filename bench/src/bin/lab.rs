@@ -369,14 +369,8 @@ fn shell(lab: &Client, host: Host) -> Result<ExitCode> {
             "/dev/null",
         ],
     );
-    let variable = |name: &str, value: String| (name.to_owned(), value);
-    command.environment = vec![
-        variable(
-            "TERM",
-            std::env::var("TERM").unwrap_or_else(|_| "linux".into()),
-        ),
-        variable("PS1", format!("lab {host}:\\w# ")),
-    ];
+    let kind = std::env::var("TERM").unwrap_or_else(|_| "linux".into());
+    command.environment.push(("TERM".into(), kind));
     let running = lab.spawn(host, &command)?;
     let mut raw = before.clone();
     cfmakeraw(&mut raw);

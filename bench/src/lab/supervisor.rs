@@ -97,7 +97,7 @@ impl Client {
         BufReader::new(said).read_line(&mut line)?;
         if line != "ready\n" {
             supervisor.wait()?;
-            bail!("lab {} is not up", self.name);
+            bail!("lab {} was not started", self.name);
         }
         Ok(())
     }
@@ -111,7 +111,7 @@ impl Client {
         // Held as long as this process lives. The file itself stays: who waits for it would
         // otherwise hold a lock that is nobody's.
         let lock = File::create(self.folder.with_extension("lock"))?;
-        let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
+        let Ok(lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
             bail!(
                 "lab {0} is up: use it, take it down, or give another --name",
                 self.name
@@ -122,10 +122,14 @@ impl Client {
         std::fs::create_dir_all(&self.folder)?;
         let outcome = self.serve(settings);
         let _ = std::fs::remove_dir_all(&self.folder);
-        outcome
+        // Before the answer: who hears that the lab is down may start it again.
+        drop(lock);
+        Ok(write_line(outcome?, &Answer::Done)?)
     }
 
-    fn serve(&self, settings: Settings) -> Result<()> {
+    /// Gives the connection on which the lab was asked to end.
+
+    fn serve(&self, settings: Settings) -> Result<UnixStream> {
         // The terminal may go, and its Ctrl-C is not for the lab.
         nix::unistd::setsid().context("leaving the terminal")?;
         let lab = Arc::new(Lab::new(settings, Some(&self.folder))?);
@@ -146,8 +150,7 @@ impl Client {
                     for host in Host::BOTH {
                         lab.kill(host);
                     }
-                    std::fs::remove_dir_all(&self.folder)?;
-                    return Ok(write_line(&connection, &Answer::Done)?);
+                    return Ok(connection);
                 }
                 Ok(Some(request)) => request,
                 Ok(None) => continue,
@@ -163,7 +166,7 @@ impl Client {
                 }
             });
         }
-        Ok(())
+        bail!("the lab's socket takes no more commands")
     }
 
     /// # Errors
