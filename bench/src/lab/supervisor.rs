@@ -128,7 +128,6 @@ impl Client {
     }
 
     /// Gives the connection on which the lab was asked to end.
-
     fn serve(&self, settings: Settings) -> Result<UnixStream> {
         // The terminal may go, and its Ctrl-C is not for the lab.
         nix::unistd::setsid().context("leaving the terminal")?;
