@@ -116,9 +116,11 @@ fn where_there_is_no_daemon_is_code_3() {
 fn a_missing_privilege_is_code_6() {
     const NOBODY: u32 = 65534;
     let scratch = Scratch::new("privilege");
-    // Where the program was built may be closed to others.
+    // Where the program was built may be closed to others. Copied by another process: a child
+    // that a test forks meanwhile would have the file open for writing, and it could not be run.
     let program = scratch.path("curling-rdma");
-    fs::copy(PROGRAM, &program).unwrap();
+    let copied = Command::new("cp").arg(PROGRAM).arg(&program).status();
+    assert!(copied.unwrap().success());
     let state = scratch.path("state");
     fs::create_dir(&state).unwrap();
     fs::set_permissions(&state, PermissionsExt::from_mode(0o500)).unwrap();
