@@ -5,10 +5,14 @@
 //! written by nobody ([`Chunk`]).
 
 pub mod arena;
+pub mod choice;
 mod grants;
 pub mod link;
 pub mod mem;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 pub mod tcp;
 
 pub use arena::{Arena, Chunk, ChunkMut};
+pub use choice::{TransportChoice, TransportConfig, TransportConnector, TransportListener};
 pub use link::{Event, Grant, Lane, Link, LinkError, Loss, LossKind};

@@ -60,6 +60,8 @@ pub(super) struct Lanes {
 enum Ready {
     Revoked(ChunkMut),
     Pushed(Chunk),
+    /// A message that was taken too early.
+    Message(Vec<u8>),
 }
 
 /// The connections of a pairing, by lane.
@@ -139,6 +141,12 @@ impl Lanes {
         self.wake_if_ready()
     }
 
+    /// Has a message reported again.
+    pub(super) fn give_back_message(&mut self, message: Vec<u8>) -> io::Result<()> {
+        self.ready.push_back(Ready::Message(message));
+        self.wake_if_ready()
+    }
+
     pub(super) fn flush(&mut self) -> io::Result<()> {
         if self.bulk_send.has_queued() {
             // What becomes of chunks is to be reported: let the kernel wake the driver.
@@ -163,7 +171,7 @@ impl Lanes {
         self.look_at_proof(sink)?;
         let mut budget = Budget::new();
         while let Some(ready) = self.ready.pop_front() {
-            sink(ready.into());
+            ready.report(sink);
         }
         while let Some(completion) = self.backlog.pop_front() {
             budget.spend(&completion);
@@ -357,11 +365,12 @@ impl Budget {
     }
 }
 
-impl From<Ready> for Event<'_> {
-    fn from(ready: Ready) -> Self {
-        match ready {
-            Ready::Revoked(chunk) => Event::Revoked(chunk),
-            Ready::Pushed(chunk) => Event::Pushed(chunk),
+impl Ready {
+    fn report(self, sink: &mut dyn FnMut(Event<'_>)) {
+        match self {
+            Ready::Revoked(chunk) => sink(Event::Revoked(chunk)),
+            Ready::Pushed(chunk) => sink(Event::Pushed(chunk)),
+            Ready::Message(bytes) => sink(Event::Message(&bytes)),
         }
     }
 }

@@ -79,6 +79,28 @@ impl TcpLink {
         self.lanes.peer
     }
 
+    /// Ties grants to this link: the pairing id's first eight bytes.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn pairing(&self) -> u64 {
+        self.lanes.pairing
+    }
+
+    /// Has messages that were taken by somebody before the link's user reported again. To be called
+    /// between two calls of `progress`.
+    pub(crate) fn give_back(&mut self, messages: Vec<Vec<u8>>) -> Result<(), LinkError> {
+        for message in messages {
+            self.lanes
+                .give_back_message(message)
+                .map_err(|source| io_error("writing an eventfd", source))?;
+        }
+        Ok(())
+    }
+
+    /// This host's address on the control lane.
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.lanes.streams().control.local_addr()
+    }
+
     /// The socket of one lane, for its statistics (TCP_INFO). Its bytes are the link's.
     pub fn lane_fd(&self, lane: Lane) -> BorrowedFd<'_> {
         self.lanes.streams().lane(lane).as_fd()

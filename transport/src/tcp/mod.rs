@@ -80,7 +80,7 @@ pub enum TcpError {
 }
 
 impl TcpError {
-    fn io(operation: &'static str, source: io::Error) -> TcpError {
+    pub(crate) fn io(operation: &'static str, source: io::Error) -> TcpError {
         TcpError::Io { operation, source }
     }
 }

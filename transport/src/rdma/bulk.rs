@@ -1,0 +1,491 @@
+//! The bulk lane: what is queued for the queue pair, what it has, and what became of it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memmap2::MmapMut;
+
+use super::chunks::Chunks;
+use super::cm::{Connection, DEPTH};
+use super::completion::{Completion, Done};
+use super::ffi::rdma_cm_event_type as kind;
+use super::queue_pair::MESSAGE_BYTES;
+use super::region::{MemoryRegion, Piece};
+use super::window::{Binding, RemoteWindow};
+use super::{RdmaConfig, RdmaError};
+use crate::arena::{Chunk, ChunkMut};
+use crate::grants::{Claim, GrantIndex, Granted, Grants};
+use crate::link::{Event, LossKind};
+use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader};
+
+/// Requests that one doorbell starts at most. The last one's completion stands for all of them.
+const BATCH_REQUESTS: usize = 32;
+/// Requests that a push takes.
+const PUSH_REQUESTS: u64 = 2;
+/// Completions that one call of `progress` handles: a peer that always has more to send must not
+/// keep the driver from its other work.
+const COMPLETIONS_PER_PROGRESS: usize = 16;
+/// Bytes of the buffer of one message.
+const RECEIVE_BYTES: usize = 32;
+/// Set in the id of a receive; the rest is the buffer's number.
+const RECEIVE: u64 = 1 << 63;
+/// Looking in vain this often in a row ends busy polling, until it would have found something.
+const VAIN_SPINS_MAX: u32 = 8;
+
+const _: () = assert!(FRAME_HEADER_BYTES == MESSAGE_BYTES && MESSAGE_BYTES <= RECEIVE_BYTES);
+
+/// The bulk lane of one link. Without a connection, everything comes back at once.
+#[derive(Debug)]
+pub(super) struct Bulk {
+    connection: Option<Connection>,
+    chunks: Chunks,
+    grants: Grants,
+    /// What `flush` will post.
+    queue: VecDeque<Job>,
+    /// What the queue pair has, each with the id of its last request.
+    posted: VecDeque<(u64, Job)>,
+    /// Ids of send requests: given, and known to be done.
+    next_id: u64,
+    done_id: u64,
+    /// How many windows were to be bound, and how many are.
+    pub(super) binds_wanted: u64,
+    pub(super) binds_done: u64,
+    /// Why the queue pair takes no more requests.
+    broken: Option<LossKind>,
+    /// To be reported by the next `progress`.
+    ready: VecDeque<Ready>,
+    receive_memory: MmapMut,
+    receive_region: Option<Arc<MemoryRegion>>,
+    spin: Duration,
+    vain_spins: u32,
+}
+
+#[derive(Debug)]
+enum Job {
+    Push {
+        chunk: Chunk,
+        piece: Piece,
+        to: RemoteWindow,
+        header: FrameHeader,
+    },
+    Bind(Binding),
+    Invalidate {
+        chunk: ChunkMut,
+        rkey: u32,
+    },
+}
+
+#[derive(Debug)]
+pub(super) enum Ready {
+    Revoked(ChunkMut),
+    Pushed(Chunk),
+}
+
+impl Bulk {
+    /// Gives the queue pair its receives, before it is connected.
+    pub(super) fn new(connection: Connection, config: &RdmaConfig) -> Result<Bulk, RdmaError> {
+        let io = |operation| move |source| RdmaError::Io { operation, source };
+        let mut connection = connection;
+        let bytes = DEPTH.receives as usize * RECEIVE_BYTES;
+        let mut receive_memory =
+            MmapMut::map_anon(bytes).map_err(io("mapping the link's buffers"))?;
+        // SAFETY: the mapping is this link's own, and goes after the queue pair.
+        let region =
+            unsafe { MemoryRegion::register(&connection.pd, receive_memory.as_mut_ptr(), bytes) }
+                .map_err(io("ibv_reg_mr"))?;
+        for buffer in 0..DEPTH.receives as usize {
+            let piece = region.piece(buffer * RECEIVE_BYTES, RECEIVE_BYTES);
+            // SAFETY: each buffer is used by one receive, and read only after its completion.
+            unsafe { connection.pair.receive(RECEIVE | buffer as u64, piece) }
+                .map_err(io("ibv_post_recv"))?;
+        }
+        Ok(Bulk {
+            connection: Some(connection),
+            chunks: Chunks::new(),
+            grants: Grants::default(),
+            queue: VecDeque::new(),
+            posted: VecDeque::new(),
+            next_id: 0,
+            done_id: 0,
+            binds_wanted: 0,
+            binds_done: 0,
+            broken: None,
+            ready: VecDeque::new(),
+            receive_memory,
+            receive_region: Some(region),
+            spin: config.busy_poll,
+            vain_spins: 0,
+        })
+    }
+
+    pub(super) fn tune(&self) -> Result<(), RdmaError> {
+        self.connection.as_ref().map_or(Ok(()), |it| it.pair.tune())
+    }
+
+    /// The descriptors that tell of completions and of the connection's end.
+    pub(super) fn ready_fds(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        let connection = self.connection.as_ref()?;
+        Some([
+            connection.pair.completions().as_fd(),
+            connection.id.channel().as_fd(),
+        ])
+    }
+
+    /// The device's name.
+    pub(super) fn device_name(&self) -> Option<String> {
+        self.connection.as_ref()?.id.device_name()
+    }
+
+    /// Moves the queue pair to the error state, as the end of a device does.
+    pub(super) fn fail(&self) -> Result<(), RdmaError> {
+        self.connection.as_ref().map_or(Ok(()), |it| it.pair.fail())
+    }
+
+    /// Has something to report whose descriptor tells nobody.
+    pub(super) fn has_ready(&self) -> bool {
+        !self.ready.is_empty() || self.broken.is_some()
+    }
+
+    /// Queues the binding of a chunk's window. `None` if too many grants are out.
+    pub(super) fn grant(
+        &mut self,
+        chunk: ChunkMut,
+        slot: u8,
+    ) -> io::Result<Option<(GrantIndex, RemoteWindow)>> {
+        let (chunk, remote) = match &self.connection {
+            Some(connection) => {
+                let (chunk, binding, remote) = self.chunks.bind(&connection.pd, chunk)?;
+                self.queue.push_back(Job::Bind(binding));
+                self.binds_wanted += 1;
+                (chunk, remote)
+            }
+            // Nobody will use it; it comes back when it is revoked.
+            None => (
+                chunk,
+                RemoteWindow {
+                    address: 0,
+                    rkey: 0,
+                },
+            ),
+        };
+        Ok(self.grants.add(chunk, slot).map(|index| (index, remote)))
+    }
+
+    /// Takes back every chunk that was granted for `slot`, each when its window is gone.
+    pub(super) fn revoke(&mut self, slot: u8) {
+        let Bulk {
+            grants,
+            chunks,
+            queue,
+            ready,
+            connection,
+            ..
+        } = self;
+        grants.revoke(slot, |chunk| match chunks.rkey(&chunk) {
+            Some(rkey) if connection.is_some() => queue.push_back(Job::Invalidate { chunk, rkey }),
+            _ => ready.push_back(Ready::Revoked(chunk)),
+        });
+        self.post();
+    }
+
+    pub(super) fn push(
+        &mut self,
+        chunk: Chunk,
+        grant: GrantIndex,
+        to: RemoteWindow,
+        tag: u32,
+    ) -> io::Result<()> {
+        let Some(connection) = &self.connection else {
+            self.ready.push_back(Ready::Pushed(chunk));
+            return Ok(());
+        };
+        let piece = self.chunks.piece(&connection.pd, &chunk)?;
+        let header = FrameHeader {
+            grant,
+            length: chunk.bytes().len() as u32,
+            tag,
+        };
+        self.queue.push_back(Job::Push {
+            chunk,
+            piece,
+            to,
+            header,
+        });
+        Ok(())
+    }
+
+    /// Gives the queue pair as much of the queue as it has room for, a batch per doorbell.
+    /// If it refuses, the lane ends with the next `progress`.
+    pub(super) fn post(&mut self) {
+        loop {
+            match self.post_batch() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(source) => {
+                    self.broken = Some(LossKind::Error(format!("ibv_post_send: {source}")));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn post_batch(&mut self) -> io::Result<bool> {
+        let Some(connection) = &mut self.connection else {
+            return Ok(false);
+        };
+        let mut batch = connection.pair.batch();
+        while batch.len() < BATCH_REQUESTS
+            && self.next_id - self.done_id + PUSH_REQUESTS <= u64::from(DEPTH.sends)
+            && let Some(job) = self.queue.pop_front()
+        {
+            let mut id = || {
+                self.next_id += 1;
+                self.next_id
+            };
+            match &job {
+                Job::Push {
+                    piece, to, header, ..
+                } => {
+                    // SAFETY: the chunk stays in `posted`, where nobody writes it, until its header
+                    // has completed or the queue pair is gone.
+                    unsafe { batch.request(id()).write(*piece, *to) }.queue();
+                    batch
+                        .request(id())
+                        .send_and_invalidate(header.encode(), to.rkey)
+                        .queue();
+                }
+                // SAFETY: the window goes with its chunk's mapping, which is kept by the grant, or
+                // by its revocation, which completes later; or after the queue pair has failed.
+                Job::Bind(binding) => unsafe { batch.request(id()).bind(*binding) }.queue(),
+                Job::Invalidate { rkey, .. } => batch.request(id()).invalidate(*rkey).queue(),
+            }
+            self.posted.push_back((self.next_id, job));
+        }
+        if batch.is_empty() {
+            return Ok(false);
+        }
+        batch.post()?;
+        Ok(true)
+    }
+
+    /// Reports what has happened. Returns whether there may be more; an error ends the lane.
+    pub(super) fn progress(
+        &mut self,
+        sink: &mut dyn FnMut(Event<'_>),
+        all: bool,
+    ) -> Result<bool, LossKind> {
+        while let Some(ready) = self.ready.pop_front() {
+            sink(ready.into());
+        }
+        let Some(connection) = &self.connection else {
+            return Ok(false);
+        };
+        connection.pair.completions().take_events().map_err(error)?;
+        let ended = self.look_at_connection();
+        let all = all || ended.is_some();
+        let mut handled = 0;
+        while all || handled < COMPLETIONS_PER_PROGRESS {
+            let Some(completion) = self.next_completion(handled > 0 && !all)? else {
+                break;
+            };
+            handled += 1;
+            // What the peer's end made fail is no reason of its own.
+            match self.complete(completion, sink) {
+                Err(_) if ended.is_some() => break,
+                done => done?,
+            }
+        }
+        if let Some(kind) = ended {
+            return Err(kind);
+        }
+        self.post();
+        if let Some(kind) = self.broken.take() {
+            return Err(kind);
+        }
+        Ok(handled == COMPLETIONS_PER_PROGRESS)
+    }
+
+    /// Ends the lane: the queue pair goes, and with it the device's use of every chunk. Chunks that
+    /// were to be pushed come back; granted ones when they are revoked.
+    pub(super) fn close(&mut self, sink: &mut dyn FnMut(Event<'_>)) {
+        if let Some(connection) = self.connection.take() {
+            connection.id.disconnect();
+            if let Err(error) = connection.pair.fail() {
+                tracing::debug!(%error, "a queue pair is ended as it is");
+            }
+            // Bound windows hold on to the queue pair.
+            self.chunks.drop_windows();
+            drop(connection);
+        }
+        self.receive_region = None;
+        self.chunks = Chunks::new();
+        self.binds_done = self.binds_wanted;
+        for ready in self.ready.drain(..) {
+            sink(ready.into());
+        }
+        let posted = self.posted.drain(..).map(|(_, job)| job);
+        for job in posted.chain(self.queue.drain(..)) {
+            job.report(sink);
+        }
+    }
+
+    /// What rdma_cm says about the end of the connection.
+    fn look_at_connection(&self) -> Option<LossKind> {
+        let connection = self.connection.as_ref()?;
+        match connection.id.channel().next() {
+            Ok(None) => None,
+            Ok(Some(event)) => match event.kind {
+                kind::RDMA_CM_EVENT_DISCONNECTED => Some(LossKind::Fin),
+                // The end of a disconnected connection's quarantine.
+                kind::RDMA_CM_EVENT_TIMEWAIT_EXIT => None,
+                _ => Some(LossKind::Error(event.error("connected").to_string())),
+            },
+            Err(failure) => Some(LossKind::Error(failure.to_string())),
+        }
+    }
+
+    /// The next completion, looked for a while if more are expected and if that has paid off.
+    fn next_completion(&mut self, patient: bool) -> Result<Option<Completion>, LossKind> {
+        let connection = self.connection.as_ref().expect("the lane is not lost");
+        let queue = connection.pair.completions();
+        if let Some(completion) = queue.poll().map_err(error)? {
+            return Ok(Some(completion));
+        }
+        let expected = patient && !self.posted.is_empty();
+        if !expected || self.spin.is_zero() || self.vain_spins >= VAIN_SPINS_MAX {
+            self.vain_spins = self.vain_spins.saturating_sub(1);
+            return Ok(None);
+        }
+        let end = Instant::now() + self.spin;
+        while Instant::now() < end {
+            if let Some(completion) = queue.poll().map_err(error)? {
+                self.vain_spins = 0;
+                return Ok(Some(completion));
+            }
+            std::hint::spin_loop();
+        }
+        self.vain_spins = (self.vain_spins + 1) * 2;
+        Ok(None)
+    }
+
+    fn complete(
+        &mut self,
+        completion: Completion,
+        sink: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), LossKind> {
+        let done = completion.result.map_err(|failure| {
+            LossKind::Error(if failure.is_flush() {
+                "the queue pair is in the error state: a write of the peer was refused, or the \
+                 device ended it"
+                    .to_owned()
+            } else {
+                failure.to_string()
+            })
+        })?;
+        match done {
+            Done::Requested => {
+                self.done_id = completion.id;
+                while self
+                    .posted
+                    .front()
+                    .is_some_and(|(id, _)| *id <= completion.id)
+                {
+                    let (_, job) = self.posted.pop_front().expect("it was just seen");
+                    self.binds_done += u64::from(matches!(job, Job::Bind(_)));
+                    job.report(sink);
+                }
+                Ok(())
+            }
+            Done::Received {
+                bytes,
+                invalidated_rkey,
+            } => {
+                let buffer = (completion.id & !RECEIVE) as usize;
+                let arrived = self.arrived(buffer, bytes as usize, invalidated_rkey)?;
+                self.receive_again(buffer).map_err(error)?;
+                if let Some((granted, header)) = arrived {
+                    let chunk = granted.chunk.freeze(header.length as usize);
+                    let tag = header.tag;
+                    sink(Event::Arrived { chunk, tag });
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads the message that says that a chunk is complete.
+    fn arrived(
+        &mut self,
+        buffer: usize,
+        bytes: usize,
+        invalidated_rkey: Option<u32>,
+    ) -> Result<Option<(Granted, FrameHeader)>, LossKind> {
+        let protocol = |text: String| Err(LossKind::Protocol(text));
+        let message = &self.receive_memory[buffer * RECEIVE_BYTES..][..RECEIVE_BYTES];
+        let Some(message) = message[..bytes.min(RECEIVE_BYTES)].as_array() else {
+            return protocol(format!("message of {bytes} bytes on the bulk lane"));
+        };
+        let header = match FrameHeader::decode(message) {
+            Ok(header) => header,
+            Err(error) => return protocol(error.to_string()),
+        };
+        let GrantIndex { index, generation } = header.grant;
+        match self.grants.claim(header.grant) {
+            Claim::Granted(granted) => {
+                if invalidated_rkey.is_none()
+                    || invalidated_rkey != self.chunks.rkey(&granted.chunk)
+                {
+                    return protocol(format!(
+                        "grant {index}.{generation} was said to be filled, but not given up"
+                    ));
+                }
+                Ok(Some((granted, header)))
+            }
+            Claim::Revoked => Ok(None),
+            Claim::Filled => protocol(format!("grant {index}.{generation} was used a second time")),
+            Claim::Unknown => protocol(format!("grant {index}.{generation} was never given")),
+        }
+    }
+
+    fn receive_again(&mut self, buffer: usize) -> io::Result<()> {
+        let (Some(connection), Some(region)) = (&mut self.connection, &self.receive_region) else {
+            return Ok(());
+        };
+        let piece = region.piece(buffer * RECEIVE_BYTES, RECEIVE_BYTES);
+        // SAFETY: the buffer's receive has completed, and its message has been read.
+        unsafe { connection.pair.receive(RECEIVE | buffer as u64, piece) }
+    }
+}
+
+impl Job {
+    /// Tells the owner of a chunk that the queue pair is done with it.
+    fn report(self, sink: &mut dyn FnMut(Event<'_>)) {
+        match self {
+            Job::Push { chunk, .. } => sink(Event::Pushed(chunk)),
+            Job::Invalidate { chunk, .. } => sink(Event::Revoked(chunk)),
+            Job::Bind(_) => {}
+        }
+    }
+}
+
+impl From<Ready> for Event<'_> {
+    fn from(ready: Ready) -> Self {
+        match ready {
+            Ready::Revoked(chunk) => Event::Revoked(chunk),
+            Ready::Pushed(chunk) => Event::Pushed(chunk),
+        }
+    }
+}
+
+impl Drop for Bulk {
+    fn drop(&mut self) {
+        self.close(&mut |event| std::mem::drop(event));
+    }
+}
+
+fn error(source: io::Error) -> LossKind {
+    LossKind::Error(source.to_string())
+}

@@ -1,0 +1,463 @@
+//! Connections by rdma_cm, without blocking.
+//!
+//! The private data of a connection request is the pairing id of the TCP lanes: whoever doesn't
+//! know it is rejected.
+
+use std::ffi::CStr;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{SockaddrLike, SockaddrStorage};
+
+use super::bulk::Bulk;
+use super::completion::CompletionQueue;
+use super::device::ProtectionDomain;
+use super::ffi::{self, rdma_cm_event_type as kind};
+use super::queue_pair::{Depth, QueuePair};
+use super::{RdmaConfig, RdmaError, RdmaLink, memlock};
+use crate::tcp::{PairingId, TcpLink};
+
+/// How long one step of resolving an address may take.
+const RESOLVE_MS: i32 = 2000;
+/// Connection requests that may wait for [`CmListener::progress`].
+const BACKLOG: i32 = 8;
+/// A packet that isn't acknowledged for 4.096 µs × 2^this is sent again: 0.27 s. Silence is noticed
+/// by heartbeats; this only has to be patient enough for soft-RoCE on an emulated CPU.
+const ACK_TIMEOUT: u8 = 16;
+/// How often: with [`ACK_TIMEOUT`], the queue pair gives up after about two seconds.
+const RETRIES: u8 = 7;
+/// A receiver without a buffer is asked again for ever: it is this side's flow control.
+const RNR_RETRIES: u8 = 7;
+/// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT` of rdma/rdma_cma.h: the bindings leave out
+/// anonymous enumerations.
+const OPTION_ID: i32 = 0;
+const OPTION_ID_ACK_TIMEOUT: i32 = 3;
+/// Requests that a queue pair holds.
+pub(super) const DEPTH: Depth = Depth {
+    sends: 1024,
+    receives: 1024,
+};
+
+/// Where rdma_cm reports.
+pub struct EventChannel(NonNull<ffi::rdma_event_channel>);
+
+/// One end of a connection, or a listener.
+pub struct Identifier {
+    id: NonNull<ffi::rdma_cm_id>,
+    channel: Arc<EventChannel>,
+}
+
+/// What [`EventChannel::next`] found.
+#[derive(Debug)]
+pub(super) struct CmEvent {
+    pub(super) kind: kind::Type,
+    status: i32,
+    /// Of a connection request: what the peer sent with it.
+    private: Vec<u8>,
+    /// Of a connection request: the connection that it would be.
+    new: Option<NonNull<ffi::rdma_cm_id>>,
+}
+
+/// A connection whose queue pair is made. Its parts go in this order.
+#[derive(Debug)]
+pub struct Connection {
+    pub(super) pair: QueuePair,
+    pub(super) pd: Arc<ProtectionDomain>,
+    pub(super) id: Arc<Identifier>,
+}
+
+impl EventChannel {
+    pub fn new() -> Result<Arc<EventChannel>, RdmaError> {
+        // SAFETY: the function takes nothing.
+        let channel = NonNull::new(unsafe { ffi::rdma_create_event_channel() })
+            .ok_or_else(|| RdmaError::NoManager(io::Error::last_os_error()))?;
+        let channel = EventChannel(channel);
+        fcntl(channel.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+            .map_err(|errno| RdmaError::code("fcntl", errno as i32))?;
+        Ok(Arc::new(channel))
+    }
+
+    /// Takes the next event, and acknowledges it.
+    pub(super) fn next(&self) -> Result<Option<CmEvent>, RdmaError> {
+        let mut event: *mut ffi::rdma_cm_event = ptr::null_mut();
+        // SAFETY: the channel is alive, and the place lives during the call.
+        if unsafe { ffi::rdma_get_cm_event(self.0.as_ptr(), &raw mut event) } != 0 {
+            let error = io::Error::last_os_error();
+            return match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+                _ => Err(RdmaError::Io {
+                    operation: "rdma_get_cm_event",
+                    source: error,
+                }),
+            };
+        }
+        // SAFETY: the event is whole until it is acknowledged. All identifiers here are connected,
+        // so that `conn` is the variant; its data is as long as it says, or null.
+        let seen = unsafe {
+            let event = &*event;
+            let conn = event.param.conn;
+            let private = match conn.private_data.is_null() {
+                false if event.event == kind::RDMA_CM_EVENT_CONNECT_REQUEST => {
+                    let bytes = usize::from(conn.private_data_len);
+                    std::slice::from_raw_parts(conn.private_data.cast::<u8>(), bytes).to_vec()
+                }
+                _ => Vec::new(),
+            };
+            let is_new = event.event == kind::RDMA_CM_EVENT_CONNECT_REQUEST;
+            CmEvent {
+                kind: event.event,
+                status: event.status,
+                private,
+                new: NonNull::new(event.id).filter(|_| is_new),
+            }
+        };
+        // SAFETY: it was not acknowledged before, and nothing of it is used after.
+        unsafe { ffi::rdma_ack_cm_event(event) };
+        Ok(Some(seen))
+    }
+}
+
+impl AsFd for EventChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as the channel.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_ref().fd) }
+    }
+}
+
+impl fmt::Debug for EventChannel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("EventChannel").finish()
+    }
+}
+
+impl Drop for EventChannel {
+    fn drop(&mut self) {
+        // SAFETY: every identifier keeps its channel alive, so none is left on it.
+        unsafe { ffi::rdma_destroy_event_channel(self.0.as_ptr()) };
+    }
+}
+
+impl CmEvent {
+    pub(super) fn error(&self, doing: &'static str) -> RdmaError {
+        // SAFETY: the function takes any number and returns a C string that lives for ever.
+        let text = unsafe { CStr::from_ptr(ffi::rdma_event_str(self.kind)) };
+        RdmaError::Manager {
+            event: text.to_string_lossy().into_owned(),
+            status: self.status,
+            doing,
+        }
+    }
+}
+
+impl Identifier {
+    pub fn new(channel: Arc<EventChannel>) -> Result<Arc<Identifier>, RdmaError> {
+        let mut id = ptr::null_mut();
+        // SAFETY: the channel is alive, and stays so with the identifier.
+        let done = unsafe {
+            ffi::rdma_create_id(
+                channel.0.as_ptr(),
+                &raw mut id,
+                ptr::null_mut(),
+                ffi::rdma_port_space::RDMA_PS_TCP,
+            )
+        };
+        match NonNull::new(id).filter(|_| done == 0) {
+            Some(id) => Ok(Arc::new(Identifier { id, channel })),
+            None => Err(RdmaError::last("rdma_create_id")),
+        }
+    }
+
+    /// Takes a connection that a listener reported, onto a channel of its own.
+    fn adopt(id: NonNull<ffi::rdma_cm_id>) -> Result<Arc<Identifier>, RdmaError> {
+        let channel = EventChannel::new()?;
+        // SAFETY: the request's event is acknowledged, so that no event holds the identifier.
+        let done = unsafe { ffi::rdma_migrate_id(id.as_ptr(), channel.0.as_ptr()) };
+        let moved = Arc::new(Identifier { id, channel });
+        if done != 0 {
+            return Err(RdmaError::last("rdma_migrate_id"));
+        }
+        Ok(moved)
+    }
+
+    pub fn bind(&self, address: SocketAddr) -> Result<(), RdmaError> {
+        let storage = SockaddrStorage::from(address);
+        // SAFETY: the address is as long as its family says, and lives during the call, which
+        // doesn't write it.
+        let done = unsafe { ffi::rdma_bind_addr(self.as_ptr(), storage.as_ptr().cast_mut()) };
+        match done {
+            0 => Ok(()),
+            _ => Err(RdmaError::last("rdma_bind_addr")),
+        }
+    }
+
+    /// The device's context, if an address was bound or resolved.
+    pub(super) fn verbs(&self) -> Option<NonNull<ffi::ibv_context>> {
+        // SAFETY: the identifier is alive.
+        NonNull::new(unsafe { self.id.as_ref() }.verbs)
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut ffi::rdma_cm_id {
+        self.id.as_ptr()
+    }
+
+    pub(super) fn channel(&self) -> &EventChannel {
+        &self.channel
+    }
+
+    /// The peer's address, of a connection request.
+    fn peer(&self) -> Option<IpAddr> {
+        // SAFETY: the union is as large as its largest variant and holds the address that rdma_cm
+        // wrote; its family tells which.
+        unsafe {
+            let address = &self.id.as_ref().route.addr.dst_addr_union;
+            let storage = SockaddrStorage::from_raw((&raw const *address).cast(), None)?;
+            if let Some(four) = storage.as_sockaddr_in() {
+                return Some(IpAddr::V4(four.ip()));
+            }
+            storage.as_sockaddr_in6().map(|six| IpAddr::V6(six.ip()))
+        }
+    }
+
+    /// Says goodbye. The peer sees the end of the connection.
+    pub(super) fn disconnect(&self) {
+        // SAFETY: the identifier is alive. It fails if there is no connection: as good.
+        unsafe { ffi::rdma_disconnect(self.as_ptr()) };
+    }
+}
+
+impl fmt::Debug for Identifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identifier")
+            .field("device", &self.device_name())
+            .finish()
+    }
+}
+
+impl Drop for Identifier {
+    fn drop(&mut self) {
+        // SAFETY: what uses the identifier keeps it alive, and every event of it is acknowledged.
+        unsafe { ffi::rdma_destroy_id(self.as_ptr()) };
+    }
+}
+
+impl Connection {
+    fn prepare(id: &Arc<Identifier>, config: &RdmaConfig) -> Result<Connection, RdmaError> {
+        memlock::check(config.lockable_bytes_min)?;
+        let timeout = ACK_TIMEOUT;
+        // SAFETY: the option is one byte, which lives during the call.
+        let done = unsafe {
+            ffi::rdma_set_option(
+                id.as_ptr(),
+                OPTION_ID,
+                OPTION_ID_ACK_TIMEOUT,
+                (&raw const timeout).cast_mut().cast(),
+                1,
+            )
+        };
+        if done != 0 {
+            tracing::debug!("the device's own acknowledgement timeout is used");
+        }
+        let pd = ProtectionDomain::new(id)?;
+        let cq = CompletionQueue::new(id, DEPTH.sends + DEPTH.receives)?;
+        let pair = QueuePair::new(id, &pd, &cq, DEPTH)?;
+        Ok(Connection {
+            pair,
+            pd,
+            id: Arc::clone(id),
+        })
+    }
+}
+
+fn parameters(private: &[u8]) -> ffi::rdma_conn_param {
+    // SAFETY: all-zero is valid: integers, and a pointer that may be null.
+    let mut parameters: ffi::rdma_conn_param = unsafe { std::mem::zeroed() };
+    parameters.private_data = private.as_ptr().cast();
+    parameters.private_data_len = private.len() as u8;
+    parameters.retry_count = RETRIES;
+    parameters.rnr_retry_count = RNR_RETRIES;
+    parameters
+}
+
+/// A connection that is being made, from either side.
+#[derive(Debug)]
+pub struct Connecting {
+    id: Arc<Identifier>,
+    connection: Option<Bulk>,
+    /// What the connecting side sends with its request.
+    pairing: PairingId,
+    config: RdmaConfig,
+}
+
+impl Connecting {
+    /// Starts connecting to `peer` from this host's address `from`.
+    pub fn start(
+        from: IpAddr,
+        peer: SocketAddr,
+        pairing: PairingId,
+        config: &RdmaConfig,
+    ) -> Result<Connecting, RdmaError> {
+        let id = Identifier::new(EventChannel::new()?)?;
+        let source = SockaddrStorage::from(SocketAddr::new(from, 0));
+        let target = SockaddrStorage::from(peer);
+        // SAFETY: the addresses are as long as their families say, and live during the call, which
+        // doesn't write them.
+        let done = unsafe {
+            ffi::rdma_resolve_addr(
+                id.as_ptr(),
+                source.as_ptr().cast_mut(),
+                target.as_ptr().cast_mut(),
+                RESOLVE_MS,
+            )
+        };
+        if done != 0 {
+            return Err(match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ENODEV) => {
+                    RdmaError::NoDevice { address: from }
+                }
+                source => RdmaError::Io {
+                    operation: "rdma_resolve_addr",
+                    source,
+                },
+            });
+        }
+        Ok(Connecting {
+            id,
+            connection: None,
+            pairing,
+            config: config.clone(),
+        })
+    }
+
+    /// Readable when [`Connecting::progress`] should be called.
+    pub fn ready_fd(&self) -> BorrowedFd<'_> {
+        self.id.channel.as_fd()
+    }
+
+    /// Goes on as far as it can. `Some` is the connection, and the end of this value's use.
+    pub fn progress(&mut self) -> Result<Option<Established>, RdmaError> {
+        while let Some(event) = self.id.channel.next()? {
+            match event.kind {
+                kind::RDMA_CM_EVENT_ADDR_RESOLVED => {
+                    // SAFETY: the identifier is alive, and its address is resolved.
+                    if unsafe { ffi::rdma_resolve_route(self.id.as_ptr(), RESOLVE_MS) } != 0 {
+                        return Err(RdmaError::last("rdma_resolve_route"));
+                    }
+                }
+                kind::RDMA_CM_EVENT_ROUTE_RESOLVED => self.connect()?,
+                kind::RDMA_CM_EVENT_ESTABLISHED => {
+                    let bulk = self.connection.take().expect("it was asked for before");
+                    bulk.tune()?;
+                    return Ok(Some(Established(bulk)));
+                }
+                _ => return Err(event.error("connecting")),
+            }
+        }
+        Ok(None)
+    }
+
+    fn connect(&mut self) -> Result<(), RdmaError> {
+        self.prepare()?;
+        let mut parameters = parameters(&self.pairing.0);
+        // SAFETY: the parameters and what they name live during the call.
+        match unsafe { ffi::rdma_connect(self.id.as_ptr(), &raw mut parameters) } {
+            0 => Ok(()),
+            _ => Err(RdmaError::last("rdma_connect")),
+        }
+    }
+
+    fn accept(&mut self) -> Result<(), RdmaError> {
+        self.prepare()?;
+        let mut parameters = parameters(&[]);
+        // SAFETY: the parameters live during the call.
+        match unsafe { ffi::rdma_accept(self.id.as_ptr(), &raw mut parameters) } {
+            0 => Ok(()),
+            _ => Err(RdmaError::last("rdma_accept")),
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), RdmaError> {
+        let connection = Connection::prepare(&self.id, &self.config)?;
+        self.connection = Some(Bulk::new(connection, &self.config)?);
+        Ok(())
+    }
+}
+
+/// A connection that stands, and waits for its lanes.
+#[derive(Debug)]
+pub struct Established(Bulk);
+
+impl Established {
+    /// Makes the link.
+    pub fn beside(self, tcp: TcpLink) -> Result<RdmaLink, RdmaError> {
+        RdmaLink::new(tcp, self.0)
+    }
+}
+
+/// Waits for connections of known pairings.
+#[derive(Debug)]
+pub struct CmListener {
+    id: Arc<Identifier>,
+    config: RdmaConfig,
+}
+
+impl CmListener {
+    /// Listens where the TCP listener does.
+    pub fn bind(address: SocketAddr, config: &RdmaConfig) -> Result<CmListener, RdmaError> {
+        let id = Identifier::new(EventChannel::new()?)?;
+        id.bind(address).map_err(|error| match error {
+            RdmaError::Io { source, .. } if source.raw_os_error() == Some(libc::ENODEV) => {
+                RdmaError::NoDevice {
+                    address: address.ip(),
+                }
+            }
+            other => other,
+        })?;
+        // SAFETY: the identifier is alive and bound.
+        if unsafe { ffi::rdma_listen(id.as_ptr(), BACKLOG) } != 0 {
+            return Err(RdmaError::last("rdma_listen"));
+        }
+        Ok(CmListener {
+            id,
+            config: config.clone(),
+        })
+    }
+
+    /// Readable when [`CmListener::progress`] should be called.
+    pub fn ready_fd(&self) -> BorrowedFd<'_> {
+        self.id.channel.as_fd()
+    }
+
+    /// Accepts the next request whose pairing and address `expected` knows; rejects the others.
+    pub fn progress(
+        &self,
+        expected: impl Fn(PairingId, IpAddr) -> bool,
+    ) -> Result<Option<(PairingId, Connecting)>, RdmaError> {
+        while let Some(event) = self.id.channel.next()? {
+            let Some(new) = event.new else { continue };
+            let id = Identifier::adopt(new)?;
+            let peer = id.peer().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+            // rdma_cm pads private data with zeros.
+            let pairing = event.private.first_chunk().copied().map(PairingId);
+            let Some(pairing) = pairing.filter(|&pairing| expected(pairing, peer)) else {
+                tracing::warn!(%peer, "an RDMA connection of an unknown pairing is rejected");
+                // SAFETY: the identifier is alive; there is no private data.
+                unsafe { ffi::rdma_reject(id.as_ptr(), ptr::null(), 0) };
+                continue;
+            };
+            let mut connecting = Connecting {
+                id,
+                connection: None,
+                pairing,
+                config: self.config.clone(),
+            };
+            connecting.accept()?;
+            return Ok(Some((pairing, connecting)));
+        }
+        Ok(None)
+    }
+}
