@@ -53,6 +53,8 @@ pub(super) struct Bulk {
     /// How many windows were to be bound, and how many are.
     pub(super) binds_wanted: u64,
     pub(super) binds_done: u64,
+    /// Chunks that were revoked, and how many bindings must be done before their windows can go.
+    revoking: VecDeque<(u64, ChunkMut)>,
     /// Why the queue pair takes no more requests.
     broken: Option<LossKind>,
     /// To be reported by the next `progress`.
@@ -72,10 +74,6 @@ enum Job {
         header: FrameHeader,
     },
     Bind(Binding),
-    Invalidate {
-        chunk: ChunkMut,
-        rkey: u32,
-    },
 }
 
 #[derive(Debug)]
@@ -112,6 +110,7 @@ impl Bulk {
             done_id: 0,
             binds_wanted: 0,
             binds_done: 0,
+            revoking: VecDeque::new(),
             broken: None,
             ready: VecDeque::new(),
             receive_memory,
@@ -174,21 +173,27 @@ impl Bulk {
         Ok(self.grants.add(chunk, slot).map(|index| (index, remote)))
     }
 
-    /// Takes back every chunk that was granted for `slot`, each when its window is gone.
+    /// Takes back every chunk that was granted for `slot`, each when its window is gone: at once if
+    /// no window is still to be bound.
     pub(super) fn revoke(&mut self, slot: u8) {
         let Bulk {
-            grants,
-            chunks,
-            queue,
-            ready,
-            connection,
-            ..
+            grants, revoking, ..
         } = self;
-        grants.revoke(slot, |chunk| match chunks.rkey(&chunk) {
-            Some(rkey) if connection.is_some() => queue.push_back(Job::Invalidate { chunk, rkey }),
-            _ => ready.push_back(Ready::Revoked(chunk)),
-        });
+        grants.revoke(slot, |chunk| revoking.push_back((self.binds_wanted, chunk)));
         self.post();
+        self.drop_windows();
+    }
+
+    /// Ends the windows of revoked chunks. One that is being bound has to wait: binding a window
+    /// that is gone would end the queue pair.
+    fn drop_windows(&mut self) {
+        while let Some((binds, _)) = self.revoking.front()
+            && (*binds <= self.binds_done || self.connection.is_none())
+        {
+            let (_, chunk) = self.revoking.pop_front().expect("it was just seen");
+            self.chunks.drop_window(&chunk);
+            self.ready.push_back(Ready::Revoked(chunk));
+        }
     }
 
     pub(super) fn push(
@@ -257,10 +262,9 @@ impl Bulk {
                         .send_and_invalidate(header.encode(), to.rkey)
                         .queue();
                 }
-                // SAFETY: the window goes with its chunk's mapping, which is kept by the grant, or
-                // by its revocation, which completes later; or after the queue pair has failed.
+                // SAFETY: the window of a granted chunk goes when the binding has completed
+                // (`drop_windows`), or after the queue pair has failed.
                 Job::Bind(binding) => unsafe { batch.request(id()).bind(*binding) }.queue(),
-                Job::Invalidate { rkey, .. } => batch.request(id()).invalidate(*rkey).queue(),
             }
             self.posted.push_back((self.next_id, job));
         }
@@ -292,14 +296,19 @@ impl Bulk {
                 break;
             };
             handled += 1;
-            // What the peer's end made fail is no reason of its own.
             match self.complete(completion, sink) {
-                Err(_) if ended.is_some() => break,
-                done => done?,
+                Ok(()) => {}
+                Err(Some(kind)) => return Err(kind),
+                // Whatever ended the connection also brought the requests back.
+                Err(None) => return Err(ended.unwrap_or_else(flushed)),
             }
         }
         if let Some(kind) = ended {
             return Err(kind);
+        }
+        self.drop_windows();
+        while let Some(ready) = self.ready.pop_front() {
+            sink(ready.into());
         }
         self.post();
         if let Some(kind) = self.broken.take() {
@@ -323,6 +332,7 @@ impl Bulk {
         self.receive_region = None;
         self.chunks = Chunks::new();
         self.binds_done = self.binds_wanted;
+        self.drop_windows();
         for ready in self.ready.drain(..) {
             sink(ready.into());
         }
@@ -371,19 +381,15 @@ impl Bulk {
         Ok(None)
     }
 
+    /// Handles a completion. An error ends the lane; without a reason, it is that another request
+    /// ended it.
     fn complete(
         &mut self,
         completion: Completion,
         sink: &mut dyn FnMut(Event<'_>),
-    ) -> Result<(), LossKind> {
+    ) -> Result<(), Option<LossKind>> {
         let done = completion.result.map_err(|failure| {
-            LossKind::Error(if failure.is_flush() {
-                "the queue pair is in the error state: a write of the peer was refused, or the \
-                 device ended it"
-                    .to_owned()
-            } else {
-                failure.to_string()
-            })
+            (!failure.is_flush()).then(|| LossKind::Error(failure.to_string()))
         })?;
         match done {
             Done::Requested => {
@@ -404,8 +410,10 @@ impl Bulk {
                 invalidated_rkey,
             } => {
                 let buffer = (completion.id & !RECEIVE) as usize;
-                let arrived = self.arrived(buffer, bytes as usize, invalidated_rkey)?;
-                self.receive_again(buffer).map_err(error)?;
+                let arrived = self
+                    .arrived(buffer, bytes as usize, invalidated_rkey)
+                    .map_err(Some)?;
+                self.receive_again(buffer).map_err(|it| Some(error(it)))?;
                 if let Some((granted, header)) = arrived {
                     let chunk = granted.chunk.freeze(header.length as usize);
                     let tag = header.tag;
@@ -439,7 +447,9 @@ impl Bulk {
                     || invalidated_rkey != self.chunks.rkey(&granted.chunk)
                 {
                     return protocol(format!(
-                        "grant {index}.{generation} was said to be filled, but not given up"
+                        "grant {index}.{generation} was said to be filled, but not given up: key {:?} instead of {:?}",
+                        invalidated_rkey,
+                        self.chunks.rkey(&granted.chunk)
                     ));
                 }
                 Ok(Some((granted, header)))
@@ -465,7 +475,6 @@ impl Job {
     fn report(self, sink: &mut dyn FnMut(Event<'_>)) {
         match self {
             Job::Push { chunk, .. } => sink(Event::Pushed(chunk)),
-            Job::Invalidate { chunk, .. } => sink(Event::Revoked(chunk)),
             Job::Bind(_) => {}
         }
     }
@@ -488,4 +497,12 @@ impl Drop for Bulk {
 
 fn error(source: io::Error) -> LossKind {
     LossKind::Error(source.to_string())
+}
+
+fn flushed() -> LossKind {
+    LossKind::Error(
+        "the queue pair is in the error state: a write of the peer was refused, or the device is \
+         gone"
+            .to_owned(),
+    )
 }

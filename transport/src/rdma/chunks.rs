@@ -41,8 +41,7 @@ impl Chunks {
         Ok(registered.region.piece(0, chunk.bytes().len()))
     }
 
-    /// Prepares a chunk for being written by the peer. Gives the chunk back, and what failed if
-    /// something did.
+    /// Prepares a chunk for being written by the peer.
     pub(super) fn bind(
         &mut self,
         pd: &Arc<ProtectionDomain>,
@@ -62,6 +61,13 @@ impl Chunks {
     pub(super) fn rkey(&self, chunk: &ChunkMut) -> Option<u32> {
         let registered = self.registered.get(&address(chunk.as_slice()))?;
         Some(registered.window.as_ref()?.rkey())
+    }
+
+    /// Ends a chunk's window: when this returns, the peer can't write it.
+    pub(super) fn drop_window(&mut self, chunk: &ChunkMut) {
+        if let Some(registered) = self.registered.get_mut(&address(chunk.as_slice())) {
+            registered.window = None;
+        }
     }
 
     /// Ends all windows, bound or not, so that their queue pair can go.

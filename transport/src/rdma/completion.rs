@@ -13,6 +13,13 @@ use super::RdmaError;
 use super::cm::Identifier;
 use super::ffi;
 
+/// The vendor that soft-RoCE calls itself (RXE_VENDOR_ID of the kernel's rxe_param.h).
+const RXE_VENDOR: u32 = 0xff_ffff;
+/// What soft-RoCE sets where IBV_WC_WITH_INV belongs: the kernel's own IB_WC_WITH_INVALIDATE, which
+/// it hands to user space as it is (seen on Linux 6.12; rxe_resp.c, do_complete). Elsewhere this
+/// bit means that a checksum is right.
+const RXE_WITH_INVALIDATE: u32 = 1 << 2;
+
 /// What a request came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Completion {
@@ -70,6 +77,8 @@ impl Failure {
 pub struct CompletionQueue {
     cq: NonNull<ffi::ibv_cq>,
     channel: NonNull<ffi::ibv_comp_channel>,
+    /// Flags that say that a message took a window away.
+    with_invalidate: u32,
     /// Keeps the device open.
     _id: Arc<Identifier>,
 }
@@ -94,6 +103,7 @@ impl CompletionQueue {
         let queue = CompletionQueue {
             cq,
             channel,
+            with_invalidate: with_invalidate(id)?,
             _id: Arc::clone(id),
         };
         fcntl(queue.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
@@ -135,7 +145,7 @@ impl CompletionQueue {
         // SAFETY: the queue is alive, and there is room for one entry.
         match unsafe { ffi::ibv_poll_cq(self.cq.as_ptr(), 1, &raw mut wc) } {
             0 => Ok(None),
-            1 => Ok(Some(read(&wc))),
+            1 => Ok(Some(read(&wc, self.with_invalidate))),
             error => Err(io::Error::other(format!("ibv_poll_cq returned {error}"))),
         }
     }
@@ -153,7 +163,21 @@ impl CompletionQueue {
     }
 }
 
-fn read(wc: &ffi::ibv_wc) -> Completion {
+fn with_invalidate(id: &Identifier) -> Result<u32, RdmaError> {
+    let verbs = id.verbs().expect("the address is resolved").as_ptr();
+    // SAFETY: all-zero is valid: it is integers.
+    let mut attr: ffi::ibv_device_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: the device's context is open, and the attributes live during the call.
+    match unsafe { ffi::ibv_query_device(verbs, &raw mut attr) } {
+        0 if attr.vendor_id == RXE_VENDOR => {
+            Ok(ffi::ibv_wc_flags::IBV_WC_WITH_INV.0 | RXE_WITH_INVALIDATE)
+        }
+        0 => Ok(ffi::ibv_wc_flags::IBV_WC_WITH_INV.0),
+        errno => Err(RdmaError::code("ibv_query_device", errno)),
+    }
+}
+
+fn read(wc: &ffi::ibv_wc, with_invalidate: u32) -> Completion {
     let result = if wc.status != ffi::ibv_wc_status::IBV_WC_SUCCESS {
         // SAFETY: the function takes any number and returns a C string that lives for ever.
         let text = unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(wc.status)) };
@@ -162,7 +186,7 @@ fn read(wc: &ffi::ibv_wc) -> Completion {
             text: text.to_string_lossy().into_owned(),
         })
     } else if wc.opcode & ffi::ibv_wc_opcode::IBV_WC_RECV != 0 {
-        let invalidated = wc.wc_flags & ffi::ibv_wc_flags::IBV_WC_WITH_INV.0 != 0;
+        let invalidated = wc.wc_flags & with_invalidate != 0;
         // SAFETY: both fields of the union are plain integers.
         let key = unsafe { wc.imm_data_invalidated_rkey_union.invalidated_rkey };
         Ok(Done::Received {

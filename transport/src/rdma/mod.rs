@@ -9,7 +9,7 @@
 //! window of type 2, bound to one chunk for one use. The header that says that the chunk is
 //! complete takes the window away as it arrives, in the receiver's network card: so a chunk that is
 //! reported as arrived can't be written any more, at no extra cost. A window that nobody used is
-//! taken away by [`crate::Link::revoke`] with a local invalidation.
+//! taken away by [`crate::Link::revoke`], which ends the window itself.
 //!
 //! A write that comes later is refused by the card. On a reliable connection that ends the queue
 //! pair on both sides, and so the lane: unlike TCP, where such bytes are read and dropped.

@@ -12,7 +12,11 @@
 //! ```compile_fail,E0599
 //! # use transport::rdma::queue_pair::Batch;
 //! fn wrong(batch: &mut Batch<'_>) {
-//!     batch.request(1).invalidate(7).invalidate(8).queue();
+//!     batch
+//!         .request(1)
+//!         .send_and_invalidate([0; 24], 7)
+//!         .send_and_invalidate([0; 24], 8)
+//!         .queue();
 //! }
 //! ```
 //! The batch is posted:
@@ -20,7 +24,7 @@
 //! # use transport::rdma::queue_pair::Batch;
 //! fn wrong(mut batch: Batch<'_>) {
 //!     batch.post();
-//!     batch.request(1).invalidate(7).queue();
+//!     batch.request(1).send_and_invalidate([0; 24], 7).queue();
 //! }
 //! ```
 //! A batch is open on the queue pair:
@@ -36,7 +40,7 @@
 //! ```
 //! # use transport::rdma::queue_pair::Batch;
 //! fn right(mut batch: Batch<'_>) {
-//!     batch.request(1).invalidate(7).queue();
+//!     batch.request(1).send_and_invalidate([0; 24], 7).queue();
 //!     batch.post().unwrap();
 //! }
 //! ```
@@ -119,9 +123,6 @@ enum Operation {
         rkey: u32,
     },
     Bind(Binding),
-    Invalidate {
-        rkey: u32,
-    },
 }
 
 impl QueuePair {
@@ -305,11 +306,6 @@ impl<'batch> Request<'batch, Empty> {
         self.with(Operation::Bind(binding))
     }
 
-    /// Takes a window of this side away.
-    pub fn invalidate(self, rkey: u32) -> Request<'batch, Whole> {
-        self.with(Operation::Invalidate { rkey })
-    }
-
     fn with(mut self, operation: Operation) -> Request<'batch, Whole> {
         self.request.operation = operation;
         Request {
@@ -381,10 +377,6 @@ impl Planned {
                     length: binding.bytes,
                     mw_access_flags: ffi::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0,
                 };
-            }
-            Operation::Invalidate { rkey } => {
-                wr.opcode = ffi::ibv_wr_opcode::IBV_WR_LOCAL_INV;
-                wr.imm_data_invalidated_rkey_union.invalidated_rkey = *rkey;
             }
         }
         wr

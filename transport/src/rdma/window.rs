@@ -1,4 +1,9 @@
 //! Memory windows of type 2: what lets the peer write one chunk, once.
+//!
+//! A window's key is taken away by the message that the peer sends when it is done, or by dropping
+//! the window. Not by a local invalidation: the peer's message may come first, and soft-RoCE
+//! follows a null pointer in the kernel when a window is invalidated twice (Linux 6.12,
+//! `rxe_do_invalidate_mw`), while other devices end the queue pair.
 
 use std::fmt;
 use std::io;
@@ -40,8 +45,13 @@ impl MemoryWindow {
         })
     }
 
-    /// The next binding, of the whole region, and the key that it will have.
+    /// The next binding, of the whole region, and the key that it will have. The one before must
+    /// have been posted, and its key taken away.
     pub fn next_binding(&mut self) -> (Binding, RemoteWindow) {
+        // The bind request names the window by the key that it has now, which the library leaves to
+        // its user to keep.
+        // SAFETY: the window is alive, and this is its only user.
+        unsafe { (*self.mw.as_ptr()).rkey = self.rkey };
         // SAFETY: it is arithmetic.
         self.rkey = unsafe { ffi::ibv_inc_rkey(self.rkey) };
         // SAFETY: the region is alive.

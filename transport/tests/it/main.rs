@@ -8,6 +8,10 @@ mod mem;
 mod noise;
 mod pairing;
 mod partition;
+#[cfg(feature = "rdma")]
+mod rdma;
+#[cfg(feature = "rdma")]
+mod rdma_pair;
 mod speed;
 mod tcp;
 mod tcp_pair;

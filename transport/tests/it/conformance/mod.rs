@@ -31,6 +31,9 @@ pub(crate) trait Network {
     /// Ends one lane of `link`'s peer as its kernel does when the process dies (`Fin`) or when the
     /// connection is torn (`Error`). The peer itself is `peer`.
     fn cut(link: &mut Self::Link, peer: &mut Self::Link, lane: Lane, how: Cut);
+    /// Does what a message with `b`'s grants would do, on a link where it does more than to carry
+    /// them: `a` is about to use them.
+    fn tell_grants(_a: &mut End<Self::Link>, _b: &mut End<Self::Link>) {}
 }
 
 /// How a test ends a lane.

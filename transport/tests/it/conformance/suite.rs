@@ -79,12 +79,13 @@ pub(crate) fn chunks_of_every_size_arrive_with_their_bytes<N: Network>() {
         let tag = tag as u32;
         let to = grant(&mut b, &arena, 0);
         a.push(filled(&arena, bytes, tag), to, tag);
+        N::tell_grants(&mut a, &mut b);
         a.flush();
         drive(&mut a, &mut b, |a, b| {
             !a.seen.is_empty() && !b.seen.is_empty()
         });
         let arrived = b.take_arrived();
-        assert_eq!(arrived.len(), 1);
+        assert_eq!(arrived.len(), 1, "{:?} {:?}", a.seen, b.seen);
         assert_eq!(arrived[0].1, tag);
         assert_eq!(arrived[0].0.bytes(), pattern(bytes, tag), "{bytes} bytes");
         let pushed = a.take_pushed();
@@ -102,6 +103,7 @@ pub(crate) fn grants_can_be_used_out_of_order<N: Network>() {
     for (tag, to) in grants.into_iter().enumerate() {
         a.push(filled(&arena, 5000, tag as u32), to, tag as u32);
     }
+    N::tell_grants(&mut a, &mut b);
     a.flush();
     drive(&mut a, &mut b, |a, b| {
         a.seen.len() == 16 && b.seen.len() == 16
@@ -134,6 +136,7 @@ pub(crate) fn many_chunks_and_messages_at_once<N: Network>() {
             b.link.send(&pushed.to_le_bytes()).expect("send");
             pushed += 1;
         }
+        N::tell_grants(&mut a, &mut b);
         a.flush();
         b.flush();
         drive(&mut a, &mut b, |_, b| {
@@ -163,6 +166,7 @@ pub(crate) fn messages_are_not_delayed_by_chunks<N: Network>() {
         let to = grant(&mut b, &arena, 0);
         a.push(filled(&arena, WHOLE, tag), to, tag);
     }
+    N::tell_grants(&mut a, &mut b);
     a.flush();
     a.send(b"heartbeat");
     drive(&mut a, &mut b, |_, b| {
@@ -187,6 +191,7 @@ pub(crate) fn a_foreign_grant_is_refused<N: Network>() {
     }
     let good = grant(&mut b, &arena, 0);
     a.push(small(&arena, 2), good, 5);
+    N::tell_grants(&mut a, &mut b);
     a.flush();
     drive(&mut a, &mut b, |_, b| {
         b.take_arrived()
@@ -201,6 +206,7 @@ pub(crate) fn a_grant_that_is_used_twice_ends_the_lane<N: Network>() {
     let to = grant(&mut b, &arena, 0);
     a.push(small(&arena, 1), to, 1);
     a.push(small(&arena, 2), to, 2);
+    N::tell_grants(&mut a, &mut b);
     a.flush();
     drive(&mut a, &mut b, |_, b| {
         b.count(|seen| matches!(seen, Seen::Lost(_))) == 1
@@ -225,6 +231,7 @@ pub(crate) fn pushes_wait_for_a_slow_receiver<N: Network>() {
         let to = grant(&mut b, &arena, 0);
         a.push(filled(&arena, WHOLE, tag), to, tag);
     }
+    N::tell_grants(&mut a, &mut b);
     a.flush();
     // Only the sender runs: it must stop by itself, blocked by nothing.
     while a.is_ready() {
@@ -261,6 +268,7 @@ pub(crate) fn revoked_chunks_come_back_and_late_writes_are_dropped<N: Network>()
     }
     a.push(small(&arena, 2), kept, 7);
     a.push(small(&arena, 3), again, 8);
+    N::tell_grants(&mut a, &mut b);
     a.flush();
     drive(&mut a, &mut b, |a, b| {
         a.seen.len() == 6 && b.seen.len() == 2
@@ -287,6 +295,7 @@ pub(crate) fn revoking_in_mid_chunk_takes_the_chunk_back<N: Network>() {
             let to = grant(&mut b, &arena, (tag % 2) as u8);
             a.push(filled(&arena, WHOLE, tag), to, tag);
         }
+        N::tell_grants(&mut a, &mut b);
         a.flush();
         for _ in 0..=round {
             if b.is_ready() {
@@ -323,6 +332,7 @@ pub(crate) fn revoking_in_mid_chunk_takes_the_chunk_back<N: Network>() {
         // The lane is still in step.
         let to = grant(&mut b, &arena, 0);
         a.push(small(&arena, 99), to, 99);
+        N::tell_grants(&mut a, &mut b);
         a.flush();
         drive(&mut a, &mut b, |_, b| {
             b.take_arrived()
@@ -363,6 +373,7 @@ pub(crate) fn a_lost_bulk_lane_gives_chunks_back<N: Network>() {
     for (tag, to) in grants.into_iter().enumerate() {
         a.push(filled(&arena_a, WHOLE, 1), to, tag as u32);
     }
+    N::tell_grants(&mut a, &mut b);
     a.flush();
     N::cut(&mut a.link, &mut b.link, Lane::Bulk, Cut::Reset);
     drive_one(&mut a, |a| {
@@ -407,6 +418,7 @@ pub(crate) fn dropping_a_busy_link_returns_every_chunk<N: Network>() {
             let to = grant(&mut b, &arena_b, 0);
             a.push(filled(&arena_a, WHOLE, tag), to, tag);
         }
+        N::tell_grants(&mut a, &mut b);
         a.flush();
         a.send(&[1; 1000]);
         for _ in 0..3 {
