@@ -15,6 +15,7 @@ use crate::tcp::{PairingId, TcpConnector, TcpError, TcpLink};
 #[derive(Debug)]
 pub struct TransportConnector {
     stage: Stage,
+    #[cfg(feature = "rdma")]
     peer: SocketAddr,
     pairing: PairingId,
     config: TransportConfig,
@@ -44,6 +45,7 @@ impl TransportConnector {
         let tcp = TcpConnector::start(peer, pairing, &config.tcp)?;
         let connector = TransportConnector {
             stage: Stage::Over,
+            #[cfg(feature = "rdma")]
             peer,
             pairing,
             config: config.clone(),

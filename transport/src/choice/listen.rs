@@ -43,6 +43,9 @@ struct Greeting {
     deadline: Instant,
     /// Why it is TCP, if it is.
     why: String,
+    /// Why there is no link: the peer was told, and is to close its end first, as this end's close
+    /// could overtake the reason.
+    refused: Option<String>,
     /// What was answered with [`Verdict::Rdma`].
     #[cfg(feature = "rdma")]
     expected: Option<Expected>,
@@ -149,6 +152,7 @@ impl TransportListener {
             tcp,
             deadline: Instant::now() + self.config.tcp.pairing_timeout,
             why: String::new(),
+            refused: None,
             #[cfg(feature = "rdma")]
             expected: None,
         });
@@ -157,6 +161,12 @@ impl TransportListener {
 
     /// Reads what the peer has to say. Returns whether the transport is agreed on.
     fn advance(&mut self, greeting: &mut Greeting) -> Result<bool, TransportError> {
+        if let Some(reason) = &greeting.refused {
+            return match next_message(&mut greeting.tcp) {
+                Err(_) => Err(TransportError::Refused(reason.clone())),
+                Ok(_) => Ok(false),
+            };
+        }
         #[cfg(feature = "rdma")]
         if let Some(expected) = &mut greeting.expected {
             if !expected.confirmed
@@ -196,7 +206,10 @@ impl TransportListener {
         greeting.tcp.send(&answer.encode())?;
         greeting.tcp.flush()?;
         match answer.verdict {
-            Verdict::Refused => Err(TransportError::Refused(answer.reason)),
+            Verdict::Refused => {
+                greeting.refused = Some(answer.reason);
+                Ok(false)
+            }
             Verdict::Tcp => {
                 greeting.why = answer.reason;
                 Ok(true)

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
@@ -60,7 +60,7 @@ pub(super) struct Bulk {
     /// To be reported by the next `progress`.
     ready: VecDeque<Ready>,
     receive_memory: MmapMut,
-    receive_region: Option<Arc<MemoryRegion>>,
+    receive_region: Option<Rc<MemoryRegion>>,
     spin: Duration,
     vain_spins: u32,
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::device::ProtectionDomain;
 use super::region::{MemoryRegion, Piece};
@@ -23,7 +23,7 @@ pub(super) struct Chunks {
 struct Registered {
     /// Made at the first grant. Goes before the region that it is on.
     window: Option<MemoryWindow>,
-    region: Arc<MemoryRegion>,
+    region: Rc<MemoryRegion>,
     watch: MappingWatch,
 }
 
@@ -36,7 +36,7 @@ impl Chunks {
     }
 
     /// The used bytes of a chunk that is to be pushed.
-    pub(super) fn piece(&mut self, pd: &Arc<ProtectionDomain>, chunk: &Chunk) -> io::Result<Piece> {
+    pub(super) fn piece(&mut self, pd: &Rc<ProtectionDomain>, chunk: &Chunk) -> io::Result<Piece> {
         let registered = self.register(pd, chunk)?;
         Ok(registered.region.piece(0, chunk.bytes().len()))
     }
@@ -44,7 +44,7 @@ impl Chunks {
     /// Prepares a chunk for being written by the peer.
     pub(super) fn bind(
         &mut self,
-        pd: &Arc<ProtectionDomain>,
+        pd: &Rc<ProtectionDomain>,
         chunk: ChunkMut,
     ) -> io::Result<(ChunkMut, Binding, RemoteWindow)> {
         let chunk = chunk.freeze(CHUNK_BYTES);
@@ -79,7 +79,7 @@ impl Chunks {
 
     fn register(
         &mut self,
-        pd: &Arc<ProtectionDomain>,
+        pd: &Rc<ProtectionDomain>,
         chunk: &Chunk,
     ) -> io::Result<&mut Registered> {
         self.forget_unmapped();

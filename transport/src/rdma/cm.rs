@@ -9,7 +9,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
+use std::rc::Rc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{SockaddrLike, SockaddrStorage};
@@ -33,10 +33,6 @@ const ACK_TIMEOUT: u8 = 16;
 const RETRIES: u8 = 7;
 /// A receiver without a buffer is asked again for ever: it is this side's flow control.
 const RNR_RETRIES: u8 = 7;
-/// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT` of rdma/rdma_cma.h: the bindings leave out
-/// anonymous enumerations.
-const OPTION_ID: i32 = 0;
-const OPTION_ID_ACK_TIMEOUT: i32 = 3;
 /// Requests that a queue pair holds.
 pub(super) const DEPTH: Depth = Depth {
     sends: 1024,
@@ -49,7 +45,7 @@ pub struct EventChannel(NonNull<ffi::rdma_event_channel>);
 /// One end of a connection, or a listener.
 pub struct Identifier {
     id: NonNull<ffi::rdma_cm_id>,
-    channel: Arc<EventChannel>,
+    channel: Rc<EventChannel>,
 }
 
 /// What [`EventChannel::next`] found.
@@ -67,19 +63,19 @@ pub(super) struct CmEvent {
 #[derive(Debug)]
 pub struct Connection {
     pub(super) pair: QueuePair,
-    pub(super) pd: Arc<ProtectionDomain>,
-    pub(super) id: Arc<Identifier>,
+    pub(super) pd: Rc<ProtectionDomain>,
+    pub(super) id: Rc<Identifier>,
 }
 
 impl EventChannel {
-    pub fn new() -> Result<Arc<EventChannel>, RdmaError> {
+    pub fn new() -> Result<Rc<EventChannel>, RdmaError> {
         // SAFETY: the function takes nothing.
         let channel = NonNull::new(unsafe { ffi::rdma_create_event_channel() })
             .ok_or_else(|| RdmaError::NoManager(io::Error::last_os_error()))?;
         let channel = EventChannel(channel);
         fcntl(channel.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .map_err(|errno| RdmaError::code("fcntl", errno as i32))?;
-        Ok(Arc::new(channel))
+        Ok(Rc::new(channel))
     }
 
     /// Takes the next event, and acknowledges it.
@@ -155,7 +151,7 @@ impl CmEvent {
 }
 
 impl Identifier {
-    pub fn new(channel: Arc<EventChannel>) -> Result<Arc<Identifier>, RdmaError> {
+    pub fn new(channel: Rc<EventChannel>) -> Result<Rc<Identifier>, RdmaError> {
         let mut id = ptr::null_mut();
         // SAFETY: the channel is alive, and stays so with the identifier.
         let done = unsafe {
@@ -167,17 +163,17 @@ impl Identifier {
             )
         };
         match NonNull::new(id).filter(|_| done == 0) {
-            Some(id) => Ok(Arc::new(Identifier { id, channel })),
+            Some(id) => Ok(Rc::new(Identifier { id, channel })),
             None => Err(RdmaError::last("rdma_create_id")),
         }
     }
 
     /// Takes a connection that a listener reported, onto a channel of its own.
-    fn adopt(id: NonNull<ffi::rdma_cm_id>) -> Result<Arc<Identifier>, RdmaError> {
+    fn adopt(id: NonNull<ffi::rdma_cm_id>) -> Result<Rc<Identifier>, RdmaError> {
         let channel = EventChannel::new()?;
         // SAFETY: the request's event is acknowledged, so that no event holds the identifier.
         let done = unsafe { ffi::rdma_migrate_id(id.as_ptr(), channel.0.as_ptr()) };
-        let moved = Arc::new(Identifier { id, channel });
+        let moved = Rc::new(Identifier { id, channel });
         if done != 0 {
             return Err(RdmaError::last("rdma_migrate_id"));
         }
@@ -246,15 +242,15 @@ impl Drop for Identifier {
 }
 
 impl Connection {
-    fn prepare(id: &Arc<Identifier>, config: &RdmaConfig) -> Result<Connection, RdmaError> {
+    fn prepare(id: &Rc<Identifier>, config: &RdmaConfig) -> Result<Connection, RdmaError> {
         memlock::check(config.lockable_bytes_min)?;
         let timeout = ACK_TIMEOUT;
         // SAFETY: the option is one byte, which lives during the call.
         let done = unsafe {
             ffi::rdma_set_option(
                 id.as_ptr(),
-                OPTION_ID,
-                OPTION_ID_ACK_TIMEOUT,
+                ffi::RDMA_OPTION_ID,
+                ffi::RDMA_OPTION_ID_ACK_TIMEOUT,
                 (&raw const timeout).cast_mut().cast(),
                 1,
             )
@@ -268,7 +264,7 @@ impl Connection {
         Ok(Connection {
             pair,
             pd,
-            id: Arc::clone(id),
+            id: Rc::clone(id),
         })
     }
 }
@@ -286,7 +282,7 @@ fn parameters(private: &[u8]) -> ffi::rdma_conn_param {
 /// A connection that is being made, from either side.
 #[derive(Debug)]
 pub struct Connecting {
-    id: Arc<Identifier>,
+    id: Rc<Identifier>,
     connection: Option<Bulk>,
     /// What the connecting side sends with its request.
     pairing: PairingId,
@@ -401,7 +397,7 @@ impl Established {
 /// Waits for connections of known pairings.
 #[derive(Debug)]
 pub struct CmListener {
-    id: Arc<Identifier>,
+    id: Rc<Identifier>,
     config: RdmaConfig,
 }
 

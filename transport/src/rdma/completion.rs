@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
+use std::rc::Rc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -80,12 +80,12 @@ pub struct CompletionQueue {
     /// Flags that say that a message took a window away.
     with_invalidate: u32,
     /// Keeps the device open.
-    _id: Arc<Identifier>,
+    _id: Rc<Identifier>,
 }
 
 impl CompletionQueue {
     /// A queue of `entries` that will write its descriptor at the next completion.
-    pub fn new(id: &Arc<Identifier>, entries: u32) -> Result<Arc<CompletionQueue>, RdmaError> {
+    pub fn new(id: &Rc<Identifier>, entries: u32) -> Result<Rc<CompletionQueue>, RdmaError> {
         let verbs = id.verbs().expect("the address is resolved").as_ptr();
         // SAFETY: the device's context lives as long as `id`, which the result keeps.
         let channel = NonNull::new(unsafe { ffi::ibv_create_comp_channel(verbs) })
@@ -104,7 +104,7 @@ impl CompletionQueue {
             cq,
             channel,
             with_invalidate: with_invalidate(id)?,
-            _id: Arc::clone(id),
+            _id: Rc::clone(id),
         };
         fcntl(queue.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .map_err(|errno| RdmaError::code("fcntl", errno as i32))?;
@@ -112,7 +112,7 @@ impl CompletionQueue {
             operation: "ibv_req_notify_cq",
             source,
         })?;
-        Ok(Arc::new(queue))
+        Ok(Rc::new(queue))
     }
 
     /// Takes the events off the descriptor. If there was one, the queue is armed again: what has

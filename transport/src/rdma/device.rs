@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::RdmaError;
 use super::cm::{EventChannel, Identifier};
@@ -14,7 +14,7 @@ use super::ffi;
 pub struct ProtectionDomain {
     pd: NonNull<ffi::ibv_pd>,
     /// Keeps the device open.
-    id: Arc<Identifier>,
+    id: Rc<Identifier>,
 }
 
 /// Whether an RDMA device has `address`: its name, or why there is none.
@@ -28,14 +28,14 @@ pub fn device_of(address: IpAddr) -> Result<String, RdmaError> {
 impl ProtectionDomain {
     /// # Panics
     /// If `id` has no device yet: its address is not resolved.
-    pub fn new(id: &Arc<Identifier>) -> Result<Arc<ProtectionDomain>, RdmaError> {
+    pub fn new(id: &Rc<Identifier>) -> Result<Rc<ProtectionDomain>, RdmaError> {
         let verbs = id.verbs().expect("the address is resolved");
         // SAFETY: the device's context lives as long as `id`, which the result keeps.
         let pd = unsafe { ffi::ibv_alloc_pd(verbs.as_ptr()) };
         let pd = NonNull::new(pd).ok_or_else(|| RdmaError::last("ibv_alloc_pd"))?;
-        Ok(Arc::new(ProtectionDomain {
+        Ok(Rc::new(ProtectionDomain {
             pd,
-            id: Arc::clone(id),
+            id: Rc::clone(id),
         }))
     }
 

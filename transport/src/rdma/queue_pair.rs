@@ -49,7 +49,7 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::ptr;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::RdmaError;
 use super::cm::Identifier;
@@ -68,9 +68,9 @@ const MIN_RNR_TIMER: u8 = 12;
 
 /// A queue pair, its completion queue and its domain.
 pub struct QueuePair {
-    id: Arc<Identifier>,
-    cq: Arc<CompletionQueue>,
-    _pd: Arc<ProtectionDomain>,
+    id: Rc<Identifier>,
+    cq: Rc<CompletionQueue>,
+    _pd: Rc<ProtectionDomain>,
     planned: Vec<Planned>,
 }
 
@@ -128,9 +128,9 @@ enum Operation {
 impl QueuePair {
     /// Makes the queue pair of `id`: rdma_cm will connect it.
     pub fn new(
-        id: &Arc<Identifier>,
-        pd: &Arc<ProtectionDomain>,
-        cq: &Arc<CompletionQueue>,
+        id: &Rc<Identifier>,
+        pd: &Rc<ProtectionDomain>,
+        cq: &Rc<CompletionQueue>,
         depth: Depth,
     ) -> Result<QueuePair, RdmaError> {
         // SAFETY: all-zero is valid: integers and pointers that may be null.
@@ -149,9 +149,9 @@ impl QueuePair {
             return Err(RdmaError::last("rdma_create_qp"));
         }
         Ok(QueuePair {
-            id: Arc::clone(id),
-            cq: Arc::clone(cq),
-            _pd: Arc::clone(pd),
+            id: Rc::clone(id),
+            cq: Rc::clone(cq),
+            _pd: Rc::clone(pd),
             planned: Vec::new(),
         })
     }

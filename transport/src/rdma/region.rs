@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::device::ProtectionDomain;
 use super::ffi;
@@ -12,7 +12,7 @@ use super::ffi;
 /// peer reaches it only through a [`super::window::MemoryWindow`].
 pub struct MemoryRegion {
     mr: NonNull<ffi::ibv_mr>,
-    pd: Arc<ProtectionDomain>,
+    pd: Rc<ProtectionDomain>,
 }
 
 /// What of a region a request reads.
@@ -30,19 +30,19 @@ impl MemoryRegion {
     /// The range must be mapped, writable and this process's own. The registration holds on to its
     /// pages, not to the mapping: whoever posts a request on it answers for what is there.
     pub unsafe fn register(
-        pd: &Arc<ProtectionDomain>,
+        pd: &Rc<ProtectionDomain>,
         address: *mut u8,
         bytes: usize,
-    ) -> io::Result<Arc<MemoryRegion>> {
+    ) -> io::Result<Rc<MemoryRegion>> {
         let access = ffi::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE
             | ffi::ibv_access_flags::IBV_ACCESS_MW_BIND;
         // SAFETY: the caller vouches for the range; the protection domain lives as long as the
         // result.
         let mr = unsafe { ffi::ibv_reg_mr(pd.as_ptr(), address.cast(), bytes, access.0 as i32) };
         let mr = NonNull::new(mr).ok_or_else(|| explain(io::Error::last_os_error()))?;
-        Ok(Arc::new(MemoryRegion {
+        Ok(Rc::new(MemoryRegion {
             mr,
-            pd: Arc::clone(pd),
+            pd: Rc::clone(pd),
         }))
     }
 
@@ -63,7 +63,7 @@ impl MemoryRegion {
         }
     }
 
-    pub(super) fn domain(&self) -> &Arc<ProtectionDomain> {
+    pub(super) fn domain(&self) -> &Rc<ProtectionDomain> {
         &self.pd
     }
 

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::ffi;
 use super::region::MemoryRegion;
@@ -17,7 +17,7 @@ use super::region::MemoryRegion;
 /// eight bits of which count: the same one comes back after 256 bindings.
 pub struct MemoryWindow {
     mw: NonNull<ffi::ibv_mw>,
-    region: Arc<MemoryRegion>,
+    region: Rc<MemoryRegion>,
     /// Of the last binding, or what the device gave to begin with.
     rkey: u32,
 }
@@ -30,7 +30,7 @@ pub struct RemoteWindow {
 }
 
 impl MemoryWindow {
-    pub fn new(region: &Arc<MemoryRegion>) -> io::Result<MemoryWindow> {
+    pub fn new(region: &Rc<MemoryRegion>) -> io::Result<MemoryWindow> {
         // SAFETY: the protection domain lives as long as the region, which the result keeps.
         let mw =
             unsafe { ffi::ibv_alloc_mw(region.domain().as_ptr(), ffi::ibv_mw_type::IBV_MW_TYPE_2) };
@@ -41,7 +41,7 @@ impl MemoryWindow {
             // SAFETY: it was just made.
             rkey: unsafe { mw.as_ref() }.rkey,
             mw,
-            region: Arc::clone(region),
+            region: Rc::clone(region),
         })
     }
 

@@ -1,5 +1,6 @@
 //! Tests of the links as their users see them.
 
+mod choice;
 mod conformance;
 mod fuzz;
 mod garbage;
