@@ -3,23 +3,20 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::rc::Rc;
-use std::time::{Duration, Instant};
-
-use memmap2::MmapMut;
 
 use super::chunks::Chunks;
-use super::cm::{Connection, DEPTH};
 use super::completion::{Completion, Done};
+use super::connecting::{Connection, DEPTH};
 use super::ffi::rdma_cm_event_type as kind;
-use super::queue_pair::MESSAGE_BYTES;
-use super::region::{MemoryRegion, Piece};
+use super::receives::Receives;
+use super::region::Piece;
+use super::spin::Spin;
 use super::window::{Binding, RemoteWindow};
 use super::{RdmaConfig, RdmaError};
 use crate::arena::{Chunk, ChunkMut};
 use crate::grants::{Claim, GrantIndex, Granted, Grants};
 use crate::link::{Event, LossKind};
-use crate::tcp::frame::{FRAME_HEADER_BYTES, FrameHeader};
+use crate::tcp::frame::FrameHeader;
 
 /// Requests that one doorbell starts at most. The last one's completion stands for all of them.
 const BATCH_REQUESTS: usize = 32;
@@ -28,15 +25,6 @@ const PUSH_REQUESTS: u64 = 2;
 /// Completions that one call of `progress` handles: a peer that always has more to send must not
 /// keep the driver from its other work.
 const COMPLETIONS_PER_PROGRESS: usize = 16;
-/// Bytes of the buffer of one message.
-const RECEIVE_BYTES: usize = 32;
-/// Set in the id of a receive; the rest is the buffer's number.
-const RECEIVE: u64 = 1 << 63;
-/// Looking in vain this often in a row ends busy polling, until it would have found something.
-const VAIN_SPINS_MAX: u32 = 8;
-
-const _: () = assert!(FRAME_HEADER_BYTES == MESSAGE_BYTES && MESSAGE_BYTES <= RECEIVE_BYTES);
-
 /// The bulk lane of one link. Without a connection, everything comes back at once.
 #[derive(Debug)]
 pub(super) struct Bulk {
@@ -59,10 +47,8 @@ pub(super) struct Bulk {
     broken: Option<LossKind>,
     /// To be reported by the next `progress`.
     ready: VecDeque<Ready>,
-    receive_memory: MmapMut,
-    receive_region: Option<Rc<MemoryRegion>>,
-    spin: Duration,
-    vain_spins: u32,
+    receives: Receives,
+    spin: Spin,
 }
 
 #[derive(Debug)]
@@ -85,21 +71,8 @@ pub(super) enum Ready {
 impl Bulk {
     /// Gives the queue pair its receives, before it is connected.
     pub(super) fn new(connection: Connection, config: &RdmaConfig) -> Result<Bulk, RdmaError> {
-        let io = |operation| move |source| RdmaError::Io { operation, source };
         let mut connection = connection;
-        let bytes = DEPTH.receives as usize * RECEIVE_BYTES;
-        let mut receive_memory =
-            MmapMut::map_anon(bytes).map_err(io("mapping the link's buffers"))?;
-        // SAFETY: the mapping is this link's own, and goes after the queue pair.
-        let region =
-            unsafe { MemoryRegion::register(&connection.pd, receive_memory.as_mut_ptr(), bytes) }
-                .map_err(io("ibv_reg_mr"))?;
-        for buffer in 0..DEPTH.receives as usize {
-            let piece = region.piece(buffer * RECEIVE_BYTES, RECEIVE_BYTES);
-            // SAFETY: each buffer is used by one receive, and read only after its completion.
-            unsafe { connection.pair.receive(RECEIVE | buffer as u64, piece) }
-                .map_err(io("ibv_post_recv"))?;
-        }
+        let receives = Receives::new(&mut connection)?;
         Ok(Bulk {
             connection: Some(connection),
             chunks: Chunks::new(),
@@ -113,10 +86,8 @@ impl Bulk {
             revoking: VecDeque::new(),
             broken: None,
             ready: VecDeque::new(),
-            receive_memory,
-            receive_region: Some(region),
-            spin: config.busy_poll,
-            vain_spins: 0,
+            receives,
+            spin: Spin::new(config.busy_poll),
         })
     }
 
@@ -292,7 +263,10 @@ impl Bulk {
         let all = all || ended.is_some();
         let mut handled = 0;
         while all || handled < COMPLETIONS_PER_PROGRESS {
-            let Some(completion) = self.next_completion(handled > 0 && !all)? else {
+            let connection = self.connection.as_ref().expect("it was there before");
+            let expected = handled > 0 && !all && !self.posted.is_empty();
+            let next = self.spin.poll(connection.pair.completions(), expected);
+            let Some(completion) = next.map_err(error)? else {
                 break;
             };
             handled += 1;
@@ -329,7 +303,7 @@ impl Bulk {
             self.chunks.drop_windows();
             drop(connection);
         }
-        self.receive_region = None;
+        self.receives.end();
         self.chunks = Chunks::new();
         self.binds_done = self.binds_wanted;
         self.drop_windows();
@@ -355,30 +329,6 @@ impl Bulk {
             },
             Err(failure) => Some(LossKind::Error(failure.to_string())),
         }
-    }
-
-    /// The next completion, looked for a while if more are expected and if that has paid off.
-    fn next_completion(&mut self, patient: bool) -> Result<Option<Completion>, LossKind> {
-        let connection = self.connection.as_ref().expect("the lane is not lost");
-        let queue = connection.pair.completions();
-        if let Some(completion) = queue.poll().map_err(error)? {
-            return Ok(Some(completion));
-        }
-        let expected = patient && !self.posted.is_empty();
-        if !expected || self.spin.is_zero() || self.vain_spins >= VAIN_SPINS_MAX {
-            self.vain_spins = self.vain_spins.saturating_sub(1);
-            return Ok(None);
-        }
-        let end = Instant::now() + self.spin;
-        while Instant::now() < end {
-            if let Some(completion) = queue.poll().map_err(error)? {
-                self.vain_spins = 0;
-                return Ok(Some(completion));
-            }
-            std::hint::spin_loop();
-        }
-        self.vain_spins = (self.vain_spins + 1) * 2;
-        Ok(None)
     }
 
     /// Handles a completion. An error ends the lane; without a reason, it is that another request
@@ -409,11 +359,14 @@ impl Bulk {
                 bytes,
                 invalidated_rkey,
             } => {
-                let buffer = (completion.id & !RECEIVE) as usize;
+                let buffer = Receives::buffer(completion.id);
                 let arrived = self
                     .arrived(buffer, bytes as usize, invalidated_rkey)
                     .map_err(Some)?;
-                self.receive_again(buffer).map_err(|it| Some(error(it)))?;
+                let connection = self.connection.as_mut().expect("it was there before");
+                self.receives
+                    .again(connection, buffer)
+                    .map_err(|it| Some(error(it)))?;
                 if let Some((granted, header)) = arrived {
                     let chunk = granted.chunk.freeze(header.length as usize);
                     let tag = header.tag;
@@ -432,8 +385,7 @@ impl Bulk {
         invalidated_rkey: Option<u32>,
     ) -> Result<Option<(Granted, FrameHeader)>, LossKind> {
         let protocol = |text: String| Err(LossKind::Protocol(text));
-        let message = &self.receive_memory[buffer * RECEIVE_BYTES..][..RECEIVE_BYTES];
-        let Some(message) = message[..bytes.min(RECEIVE_BYTES)].as_array() else {
+        let Some(message) = self.receives.message(buffer, bytes) else {
             return protocol(format!("message of {bytes} bytes on the bulk lane"));
         };
         let header = match FrameHeader::decode(message) {
@@ -458,15 +410,6 @@ impl Bulk {
             Claim::Filled => protocol(format!("grant {index}.{generation} was used a second time")),
             Claim::Unknown => protocol(format!("grant {index}.{generation} was never given")),
         }
-    }
-
-    fn receive_again(&mut self, buffer: usize) -> io::Result<()> {
-        let (Some(connection), Some(region)) = (&mut self.connection, &self.receive_region) else {
-            return Ok(());
-        };
-        let piece = region.piece(buffer * RECEIVE_BYTES, RECEIVE_BYTES);
-        // SAFETY: the buffer's receive has completed, and its message has been read.
-        unsafe { connection.pair.receive(RECEIVE | buffer as u64, piece) }
     }
 }
 

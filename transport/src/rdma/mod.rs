@@ -18,19 +18,22 @@ mod bulk;
 mod chunks;
 pub mod cm;
 pub mod completion;
+mod connecting;
 pub mod device;
 mod ffi;
 mod link;
 pub mod memlock;
 mod outbox;
 pub mod queue_pair;
+mod receives;
 pub mod region;
+mod spin;
 pub mod window;
 
 use std::io;
 use std::time::Duration;
 
-pub use cm::{CmListener, Connecting, Established};
+pub use connecting::{CmListener, Connecting, Established};
 pub use link::RdmaLink;
 
 /// What an operator may want to choose about RDMA.
