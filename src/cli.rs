@@ -143,7 +143,7 @@ pub(crate) struct Options {
     /// see what a failover undoes [default: auto].
     #[arg(long, value_enum)]
     pub(crate) gate: Option<GateName>,
-    /// What carries the epochs; `auto` is tcp in this build [default: auto].
+    /// What carries the epochs. `auto` is RDMA where both hosts have it, else TCP [default: auto].
     #[arg(long, value_enum)]
     pub(crate) transport: Option<TransportName>,
 

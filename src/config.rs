@@ -13,6 +13,7 @@ use std::time::Duration;
 use ft_core::limits::VM_ID_BYTES_MAX;
 use ft_core::primary::OnBackupLoss;
 use qemu_bridge::tracker::TrackerChoice;
+use transport::TransportChoice;
 
 pub(crate) use self::file::FileError;
 pub(crate) use self::places::{control_socket, runtime_dir};
@@ -50,6 +51,7 @@ pub(crate) struct Settings {
     /// 0 is never.
     pub(crate) audit_every: u64,
     pub(crate) gate: GateName,
+    pub(crate) transport: TransportChoice,
     pub(crate) allow_unreplicated_disks: bool,
     pub(crate) allow_ungated: bool,
     pub(crate) events: Option<PathBuf>,
@@ -151,8 +153,6 @@ pub(crate) enum ConfigError {
          can't be acknowledged before it has ended. Raise it"
     )]
     UnackedTooShort { max_unacked_ms: u64, epoch_ms: u64 },
-    #[error("--transport rdma is not in this build: say --transport tcp, or leave it out")]
-    NoRdma,
     #[error(
         "--vm-id {0:?} can't be used: 1 to {VM_ID_BYTES_MAX} letters, digits, `.`, `_` and `-`, not \
          beginning with `.` or `-`, because it is a part of file names"
@@ -185,9 +185,6 @@ impl Settings {
         let source = source(&options, dry_run)?;
         let vm_id = vm_id(&options, &source)?;
         let times = Times::new(&options)?;
-        if options.transport == Some(TransportName::Rdma) {
-            return Err(ConfigError::NoRdma);
-        }
         let control = match options.control {
             Some(path) => path,
             None => control_socket(&vm_id, mode_name),
@@ -214,6 +211,11 @@ impl Settings {
             },
             audit_every: options.audit_every.unwrap_or(0),
             gate: options.gate.unwrap_or(GateName::Auto),
+            transport: match options.transport {
+                Some(TransportName::Tcp) => TransportChoice::Tcp,
+                Some(TransportName::Rdma) => TransportChoice::Rdma,
+                Some(TransportName::Auto) | None => TransportChoice::Auto,
+            },
             allow_unreplicated_disks: options.allow_unreplicated_disks,
             allow_ungated: options.allow_ungated,
             events: options.events,

@@ -369,7 +369,7 @@ impl Events {
         self.write(Event::Rehearsed { ok, text });
     }
 
-    fn note(&mut self, text: &str) {
+    pub(crate) fn note(&mut self, text: &str) {
         tracing::info!("{text}");
         self.write(Event::Note { text });
     }

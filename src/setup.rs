@@ -22,8 +22,7 @@ use qemu_bridge::spawn::{QemuProcess, RamSource, Role, find_collisions};
 use qemu_bridge::standby::prepare_standby;
 use qemu_bridge::standby_ram::StandbyRam;
 use qemu_bridge::tracker::{self, Tracker, self_test};
-use transport::Arena;
-use transport::tcp::{TcpConfig, TcpListener};
+use transport::{Arena, TransportConfig, TransportListener};
 
 use crate::cli::GateName;
 use crate::config::{Mode, QemuSource, Settings};
@@ -192,7 +191,7 @@ fn prepare_primary(
         qemu: Qemu::new(qmp, process, sink, watch, gate),
         workshop,
         peer,
-        tcp: TcpConfig::default(),
+        transport: transport(settings),
         events,
         facts: Facts::new(settings.vm_id.clone()),
         control,
@@ -213,7 +212,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     };
     let signals = Signals::block()?;
     let store = StateStore::open(&settings.state_dir, &settings.vm_id, "backup")?;
-    let listener = TcpListener::bind(listen, &TcpConfig::default())
+    let listener = TransportListener::bind(listen, &transport(settings))
         .with_context(|| format!("listening on {listen}"))?;
     let (mut nursery, mut born) = match &settings.source {
         QemuSource::Attach { qmp, .. } => (None, attach(qmp)?),
@@ -432,6 +431,13 @@ fn is_running(qmp: &mut Qmp) -> anyhow::Result<bool> {
                 format!("the guest is {state}: only a running or paused one can be protected");
             Err(exit::Refusal(text).into())
         }
+    }
+}
+
+fn transport(settings: &Settings) -> TransportConfig {
+    TransportConfig {
+        choice: settings.transport,
+        ..TransportConfig::default()
     }
 }
 

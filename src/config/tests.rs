@@ -172,10 +172,6 @@ fn every_misunderstanding_has_its_message() {
             "--max-unacked-ms is 3600001",
         ),
         (
-            primary(&format!("--transport rdma {QEMU}")),
-            "not in this build",
-        ),
-        (
             primary(&format!("--vm-id ../etc {QEMU}")),
             "--vm-id \"../etc\" can't be used",
         ),

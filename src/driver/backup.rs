@@ -12,8 +12,8 @@ use ft_core::backup::{Action, Backup, Command, End, Input, LinkDown, LinkId, Rep
 use ft_core::wire::ChunkTag;
 use ft_core::{ChunkId, GrantToken, Micros, RunState, SlotId};
 use nix::sys::signal::Signal;
-use transport::tcp::{Incoming, TcpListener};
-use transport::{Arena, Chunk, Event, Lane, Link, LossKind};
+use transport::choice::{Connected, Incoming};
+use transport::{Arena, Chunk, Event, Lane, Link, LossKind, TransportListener};
 
 use self::rehearsal::Rehearsal;
 pub(crate) use self::standby::Standby;
@@ -50,7 +50,7 @@ enum Source {
 
 pub(crate) struct Parts {
     pub(crate) machine: Backup,
-    pub(crate) listener: TcpListener,
+    pub(crate) listener: TransportListener,
     pub(crate) arena: Arena,
     pub(crate) standby: Standby,
     /// Starting a QEMU takes longer than a heartbeat may, so it has a thread of its own.
@@ -244,7 +244,7 @@ impl Driver {
             .parts
             .listener
             .progress(&mut |incoming| match incoming {
-                Incoming::Link(link) => links.push(link),
+                Incoming::Link(connected) => links.push(connected),
                 Incoming::Refused { peer, reason } => {
                     events.backup(&Report::Refused {
                         text: format!("connection from {peer}: {reason}"),
@@ -254,7 +254,8 @@ impl Driver {
         if let Err(error) = result {
             self.parts.events.error(&format!("listening: {error}"));
         }
-        for link in links {
+        for Connected { link, sentence, .. } in links {
+            tracing::debug!("{sentence}");
             let id = LinkId(self.next_link);
             self.next_link += 1;
             let proof = link
@@ -264,7 +265,7 @@ impl Driver {
                 .ok()
                 .flatten();
             let connection = Connection {
-                link: Box::new(link),
+                link,
                 proof,
                 broken: false,
             };

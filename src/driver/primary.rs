@@ -14,8 +14,9 @@ use ft_core::primary::{Action, Command, End, GateState, Input, LinkDown, Primary
 use ft_core::wire::Frame;
 use nix::poll::PollFlags;
 use qemu_bridge::gate::Operation;
-use transport::tcp::{PairingId, TcpConfig, TcpConnector};
-use transport::{Chunk, Event, Grant, Link, LossKind};
+use transport::choice::Connected;
+use transport::tcp::PairingId;
+use transport::{Chunk, Event, Grant, Link, LossKind, TransportConfig, TransportConnector};
 
 pub(crate) use self::qemu::Qemu;
 use self::qemu::QemuInput;
@@ -55,7 +56,7 @@ pub(crate) struct Parts {
     pub(crate) qemu: Qemu,
     pub(crate) workshop: Workshop,
     pub(crate) peer: SocketAddr,
-    pub(crate) tcp: TcpConfig,
+    pub(crate) transport: TransportConfig,
     pub(crate) events: Events,
     pub(crate) facts: Facts,
     pub(crate) control: ControlServer,
@@ -141,7 +142,7 @@ fn outcome(end: &End) -> (Exit, String, bool) {
 struct Driver {
     parts: Parts,
     link: Option<Box<dyn Link>>,
-    connector: Option<TcpConnector>,
+    connector: Option<TransportConnector>,
     /// Connected, but QEMU has no copy of its proof lane yet.
     arriving: Option<Box<dyn Link>>,
     /// Of the last link that both sides have agreed on, also after its other lanes broke.
@@ -263,9 +264,10 @@ impl Driver {
         };
         match connector.progress() {
             Ok(None) => {}
-            Ok(Some(link)) => {
+            Ok(Some(Connected { link, sentence, .. })) => {
                 self.connector = None;
-                if let Err(error) = self.adopt(Box::new(link)) {
+                self.parts.events.note(&sentence);
+                if let Err(error) = self.adopt(link) {
                     self.input(broken(format!("{error:#}")));
                 }
             }
@@ -542,8 +544,10 @@ impl Driver {
             Ok(bytes) => bytes,
             Err(error) => return self.input(broken(format!("drawing a random number: {error}"))),
         };
-        let Parts { peer, tcp, .. } = &self.parts;
-        match TcpConnector::start(*peer, PairingId(pairing), tcp) {
+        let Parts {
+            peer, transport, ..
+        } = &self.parts;
+        match TransportConnector::start(*peer, PairingId(pairing), transport) {
             Ok(connector) => self.connector = Some(connector),
             Err(error) => self.input(broken(error.to_string())),
         }
