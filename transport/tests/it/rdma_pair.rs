@@ -8,7 +8,7 @@ use transport::rdma::{CmListener, Connecting, RdmaConfig, RdmaLink, device};
 use transport::tcp::{TcpConfig, TcpListener};
 
 /// An address of this host that an RDMA device has. Without one a test can only say so; with
-/// `CURLING_RDMA=required` it fails.
+/// `RDMA_TESTS=required` it fails.
 pub(crate) fn address() -> Option<IpAddr> {
     static ADDRESS: OnceLock<Option<IpAddr>> = OnceLock::new();
     let found = *ADDRESS.get_or_init(|| {
@@ -24,8 +24,8 @@ pub(crate) fn address() -> Option<IpAddr> {
     });
     if found.is_none() {
         assert!(
-            std::env::var_os("CURLING_RDMA").is_none(),
-            "CURLING_RDMA is set, and there is no RDMA device"
+            std::env::var_os("RDMA_TESTS").is_none(),
+            "RDMA_TESTS is set, and there is no RDMA device"
         );
         eprintln!("NOT RUN: no RDMA device here (scripts/lab has one)");
     }
