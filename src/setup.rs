@@ -22,6 +22,7 @@ use qemu_bridge::spawn::{QemuProcess, RamSource, Role, find_collisions};
 use qemu_bridge::standby::prepare_standby;
 use qemu_bridge::standby_ram::StandbyRam;
 use qemu_bridge::tracker::{self, Tracker, self_test};
+use transport::choice::{TransportError, check_choice};
 use transport::{Arena, TransportConfig, TransportListener};
 
 use crate::cli::GateName;
@@ -76,6 +77,7 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     let Mode::Primary { peer } = settings.mode else {
         bail!("not a primary's settings")
     };
+    check_choice(peer, &transport(settings)).map_err(no_link)?;
     let signals = Signals::block()?;
     let store = StateStore::open(&settings.state_dir, &settings.vm_id, "primary")?;
     let (nursery, born) = match &settings.source {
@@ -213,6 +215,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     let signals = Signals::block()?;
     let store = StateStore::open(&settings.state_dir, &settings.vm_id, "backup")?;
     let listener = TransportListener::bind(listen, &transport(settings))
+        .map_err(no_link)
         .with_context(|| format!("listening on {listen}"))?;
     let (mut nursery, mut born) = match &settings.source {
         QemuSource::Attach { qmp, .. } => (None, attach(qmp)?),
@@ -431,6 +434,16 @@ fn is_running(qmp: &mut Qmp) -> anyhow::Result<bool> {
                 format!("the guest is {state}: only a running or paused one can be protected");
             Err(exit::Refusal(text).into())
         }
+    }
+}
+
+/// What is demanded and can't be had is refused.
+fn no_link(error: TransportError) -> anyhow::Error {
+    match error {
+        TransportError::NoRdma(_) => {
+            exit::Refusal(format!("{error}; or leave it: --transport tcp")).into()
+        }
+        error => error.into(),
     }
 }
 

@@ -82,6 +82,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         next_proof: None,
         chunks: HashMap::new(),
         results: Vec::new(),
+        not_connected: None,
         end: None,
     };
     driver.drain()?;
@@ -153,6 +154,8 @@ struct Driver {
     chunks: HashMap<u32, Chunk>,
     /// Of jobs that were done at once; empty, but keeps its memory.
     results: Vec<Done>,
+    /// Why there is no link yet, as it was said.
+    not_connected: Option<String>,
     end: Option<End>,
 }
 
@@ -266,6 +269,7 @@ impl Driver {
             Ok(None) => {}
             Ok(Some(Connected { link, sentence, .. })) => {
                 self.connector = None;
+                self.not_connected = None;
                 self.parts.events.note(&sentence);
                 if let Err(error) = self.adopt(link) {
                     self.input(broken(format!("{error:#}")));
@@ -273,9 +277,21 @@ impl Driver {
             }
             Err(error) => {
                 self.connector = None;
-                self.input(broken(error.to_string()));
+                self.not_connected(error.into());
             }
         }
+    }
+
+    /// It is tried again for as long as it takes; said once for each reason.
+    fn not_connected(&mut self, error: anyhow::Error) {
+        let why = format!("{error:#}");
+        if self.not_connected.as_ref() != Some(&why) {
+            let peer = self.parts.peer;
+            let text = format!("no link to the backup at {peer} yet: {why}; trying again");
+            self.parts.events.note(&text);
+            self.not_connected = Some(why.clone());
+        }
+        self.input(broken(why));
     }
 
     /// Takes a connected link. QEMU gets its copy of the proof lane before anything is said:
@@ -549,7 +565,7 @@ impl Driver {
         } = &self.parts;
         match TransportConnector::start(*peer, PairingId(pairing), transport) {
             Ok(connector) => self.connector = Some(connector),
-            Err(error) => self.input(broken(error.to_string())),
+            Err(error) => self.not_connected(error.into()),
         }
     }
 

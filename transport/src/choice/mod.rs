@@ -5,7 +5,7 @@
 //! say in one sentence what was chosen, and why.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::str::FromStr;
 
 mod connect;
@@ -128,6 +128,28 @@ impl Connected {
             link: Box::new(link),
         })
     }
+}
+
+/// Whether the way to `peer` begins at a device that can do RDMA, where that is demanded: said before
+/// anything is started. Sends nothing.
+///
+/// # Errors
+/// RDMA is demanded and can't be used, or there is no way to `peer`.
+pub fn check_choice(peer: SocketAddr, config: &TransportConfig) -> Result<(), TransportError> {
+    if config.choice != TransportChoice::Rdma {
+        return Ok(());
+    }
+    let any: IpAddr = match peer {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // Connecting a datagram socket only looks up the route.
+    let local = UdpSocket::bind((any, 0)).and_then(|socket| {
+        socket.connect(peer)?;
+        socket.local_addr()
+    });
+    let local = local.map_err(|error| TcpError::io("looking up the way to the peer", error))?;
+    rdma_at(local.ip(), config).map_err(TransportError::NoRdma)
 }
 
 /// Whether this host can use RDMA on its address `local`, or why not.
