@@ -297,6 +297,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
     use std::process::{Command, Stdio};
+    use std::thread;
+    use std::time::{Duration, Instant};
 
     fn argv(words: &[&str]) -> Vec<String> {
         std::iter::once("qemu")
@@ -389,6 +391,15 @@ mod tests {
         }
     }
 
+    /// Another test's child has what was just closed here until its exec: asked again for a while.
+    fn assert_free(words: &[&str]) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !find_collisions(&argv(words)).is_empty() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(find_collisions(&argv(words)), []);
+    }
+
     #[test]
     fn taken_ports_and_sockets_are_named_and_free_ones_are_not() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -404,7 +415,7 @@ mod tests {
             found[0]
         );
         drop(listener);
-        assert_eq!(find_collisions(&argv(&["-nic", &forward])), []);
+        assert_free(&["-nic", &forward]);
 
         let path = std::env::temp_dir().join(format!("ft-collision-{}", std::process::id()));
         let listener = UnixListener::bind(&path).unwrap();
@@ -412,7 +423,7 @@ mod tests {
         assert_eq!(find_collisions(&argv(&["-qmp", &socket])).len(), 1);
         drop(listener);
         // What is left is only a name, which QEMU replaces.
-        assert_eq!(find_collisions(&argv(&["-qmp", &socket])), []);
+        assert_free(&["-qmp", &socket]);
         fs::remove_file(&path).unwrap();
     }
 
