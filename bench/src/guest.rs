@@ -28,7 +28,9 @@ pub struct Guest {
     pub workload_pages: u32,
     /// Broadcast the counter every so many counts; 0 is never.
     pub say_every: u32,
-    /// Where a Linux guest's packets go, one UDP datagram on loopback for each; nowhere without.
+    /// A Linux guest's network cards.
+    pub nics: u32,
+    /// Where the first one's packets go, one UDP datagram on loopback for each; nowhere without.
     pub listener: Option<u16>,
     pub vga: bool,
     /// More of what the guest sees.
@@ -48,6 +50,7 @@ impl Guest {
             work: Work::Tick,
             workload_pages: 900,
             say_every: 0,
+            nics: 1,
             listener: None,
             vga: false,
             devices: Vec::new(),
@@ -77,16 +80,12 @@ impl Guest {
         }
         match self.work {
             Work::Tick => {
-                // The serial port is a device of the guest; where it leads is the host's matter.
-                line.push("-netdev".into());
-                line.push(match self.listener {
-                    None => "user,id=n0".to_owned(),
-                    Some(port) => format!(
-                        "dgram,id=n0,remote.type=inet,remote.host=127.0.0.1,remote.port={port},\
-                         local.type=inet,local.host=127.0.0.1,local.port=0"
-                    ),
-                });
-                line.extend(words("-device virtio-net-pci,netdev=n0,romfile="));
+                for nic in 0..self.nics {
+                    line.extend(["-netdev".into(), self.netdev(nic)]);
+                    line.extend(words(&format!(
+                        "-device virtio-net-pci,netdev=n{nic},romfile="
+                    )));
+                }
                 line.extend(["-kernel".into(), cache::kernel()?.display().to_string()]);
                 line.extend([
                     "-initrd".into(),
@@ -109,6 +108,16 @@ impl Guest {
             }
         }
         Ok(line)
+    }
+
+    fn netdev(&self, nic: u32) -> String {
+        match self.listener {
+            Some(port) if nic == 0 => format!(
+                "dgram,id=n0,remote.type=inet,remote.host=127.0.0.1,remote.port={port},\
+                 local.type=inet,local.host=127.0.0.1,local.port=0"
+            ),
+            _ => format!("user,id=n{nic}"),
+        }
     }
 
     /// Starts a QEMU of our own, for attaching to: `role` is its name in `dir`.

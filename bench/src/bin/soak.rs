@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bench::guest::{Guest, Work};
 use bench::kill::{Kill, Phase, kill_in, resident_kib};
+use bench::listener::Listener;
 use bench::pair::{Pair, Setup, Watch};
 use bench::process::Workplace;
 use bench::report::{quantile, quantiles};
@@ -19,6 +20,8 @@ const EPOCHS_BEFORE: usize = 8;
 /// Long enough that the guest runs on, and writes, between two boundaries: each of them takes as
 /// long as a copy of all RAM.
 const EPOCH_MS: &str = "300";
+/// Between the kills RAM is compared as well, by the product's own audits.
+const AUDIT_EVERY: &str = "4";
 /// Copies on a busy machine must not look like a dead host: what is tested here is proof of death.
 const FAILOVER_AFTER_MS: &str = "10000";
 /// Kills per phase that a long run must have.
@@ -46,7 +49,10 @@ struct Arguments {
     /// Draws the moments of the kills
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// `kvm` runs a boot sector in place of Linux
+    /// Network cards of the guest; their output waits in the gate
+    #[arg(long, default_value_t = 2)]
+    nics: u32,
+    /// `kvm` runs a boot sector in place of Linux, with no network
     #[arg(long, default_value = "tcg")]
     accel: String,
 }
@@ -59,6 +65,9 @@ struct Outcome {
     /// First kill(2) to the standby's RESUME, without the time that its load was held here.
     total_us: u64,
     blocks: Vec<String>,
+    audits: usize,
+    /// What the guest has said, and was let out.
+    packets: usize,
     memory: Memory,
 }
 
@@ -113,12 +122,19 @@ fn kill_once(arguments: &Arguments, aim: Phase, draw: u64) -> Result<Outcome> {
     guest.machine.clone_from(&arguments.machine);
     guest.accel.clone_from(&arguments.accel);
     guest.vcpus = arguments.vcpus;
+    guest.nics = arguments.nics;
+    let listener = Listener::start()?;
+    guest.listener = Some(listener.port);
+    guest.say_every = 1;
     if guest.accel == "kvm" {
         guest.work = Work::BootSector;
     }
     let options = [
         ("--tracker", arguments.tracker.as_str()),
         ("--epoch-ms", EPOCH_MS),
+        // Waiting output asks for boundaries as well.
+        ("--min-epoch-ms", EPOCH_MS),
+        ("--audit-every", AUDIT_EVERY),
         ("--failover-after-ms", FAILOVER_AFTER_MS),
     ];
     let options = options.iter().flat_map(|(name, value)| [*name, *value]);
@@ -137,6 +153,8 @@ fn kill_once(arguments: &Arguments, aim: Phase, draw: u64) -> Result<Outcome> {
         "RAM blocks that can't be found from outside: {missing:?}"
     );
     let memory = memory(&pair)?;
+    let audits = audits(&pair)?;
+    let packets = listener.heard().len();
 
     let kill = kill_in(&mut pair, aim, draw)?;
     let failover = pair
@@ -168,8 +186,19 @@ fn kill_once(arguments: &Arguments, aim: Phase, draw: u64) -> Result<Outcome> {
         exact,
         total_us,
         blocks,
+        audits,
+        packets,
         memory,
     })
+}
+
+/// How many audits there were; all of them must have found RAM equal.
+fn audits(pair: &Pair) -> Result<usize> {
+    let events = pair.primary.events();
+    let audits: Vec<_> = events.iter().filter(|e| e["event"] == "audit").collect();
+    let different = audits.iter().filter(|e| e["ok"] != true).count();
+    ensure!(different == 0, "{different} audits found a difference");
+    Ok(audits.len())
 }
 
 fn wait_epochs(pair: &mut Pair) -> Result<()> {
@@ -245,6 +274,9 @@ fn report(arguments: &Arguments, hit: &[Phase], outcomes: &[Outcome]) -> Value {
         "bit_exact": exact,
         "torn": outcomes.len() - exact,
         "phase": phases,
+        "audits": outcomes.iter().map(|o| o.audits).sum::<usize>(),
+        "packets": outcomes.iter().map(|o| o.packets).sum::<usize>(),
+        "nics": arguments.nics,
         "blocks_compared": outcomes.first().map(|o| &o.blocks),
         "failover_total_us": quantiles(&totals),
         "failovers_timed": totals.len(),
@@ -288,6 +320,11 @@ fn check(arguments: &Arguments, hit: &[Phase], outcomes: &[Outcome]) -> Result<(
             backup_kib <= backup,
             "the backup has {backup_kib} KiB, not {backup}"
         );
+    }
+    for outcome in outcomes {
+        ensure!(outcome.audits > 0, "a run without an audit");
+        let silent = arguments.accel != "kvm" && outcome.packets == 0;
+        ensure!(!silent, "nothing was heard of the guest");
     }
     if outcomes.len() >= 2 * KILLS_PER_PHASE * Phase::ALL.len() {
         for phase in Phase::ALL {
