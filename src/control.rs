@@ -124,6 +124,16 @@ impl ControlServer {
             .retain_mut(|connection| connection.serve(answer));
     }
 
+    /// Tells everyone who is connected how it ended.
+    pub(crate) fn end(self, how: &str, exit_code: u8) {
+        for connection in &self.connections {
+            tell(
+                &connection.stream,
+                &json!({ "ended": how, "exit_code": exit_code }),
+            );
+        }
+    }
+
     fn accept(&mut self) {
         self.accept_again = None;
         loop {

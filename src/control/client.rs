@@ -216,20 +216,27 @@ impl Daemon {
         }
     }
 
-    /// The daemon's end closes the connection.
-    fn wait_for_its_end(mut self) -> anyhow::Result<Exit> {
+    /// The daemon's last word is how it ended.
+    fn wait_for_its_end(self) -> anyhow::Result<Exit> {
         self.stream.get_ref().set_read_timeout(Some(END_PATIENCE))?;
-        match self.stream.read(&mut [0]) {
-            Ok(0) => {
-                say("done: the daemon has ended; its log says how\n");
-                Ok(Exit::Clean)
-            }
-            Ok(_) => bail!("the daemon says more than was asked"),
-            Err(_) => {
-                let seconds = END_PATIENCE.as_secs();
-                bail!("not done after {seconds} s: `curling-rdma status` and the log say why")
-            }
+        let mut answer = String::new();
+        let read = self.stream.take(ANSWER_BYTES_MAX).read_line(&mut answer);
+        if read.is_err() {
+            let seconds = END_PATIENCE.as_secs();
+            bail!("not done after {seconds} s: `curling-rdma status` and the log say why");
         }
+        let last: Value = serde_json::from_str(&answer).unwrap_or_default();
+        let Some(how) = last["ended"].as_str() else {
+            bail!(
+                "the daemon has died: its log, and `curling-rdma status` on the other host, say how far it came"
+            );
+        };
+        if last["exit_code"] == Exit::Clean as u8 {
+            say(&format!("{how}\n"));
+            return Ok(Exit::Clean);
+        }
+        eprintln!("it ended otherwise: {how}");
+        Ok(Exit::Other)
     }
 }
 

@@ -42,6 +42,7 @@ fn serve(mut server: ControlServer) -> JoinHandle<Vec<Request>> {
         while asked.last() != Some(&Request::Detach) {
             turn(&mut server, &mut asked);
         }
+        server.end("detached", 0);
         asked
     })
 }
@@ -107,6 +108,33 @@ fn an_operator_asks_and_is_answered() {
         [&status[..], &rehearse, others.as_flattened()].concat()
     );
     assert!(!scratch.socket().exists());
+}
+
+#[test]
+fn an_end_that_was_not_asked_for_is_no_success() {
+    let scratch = Scratch::new("end");
+    let detach = || {
+        crate::control::run(Operation::Detach {
+            target: scratch.target(),
+        })
+    };
+    let until_detach = |mut server: ControlServer| {
+        let mut asked = Vec::new();
+        while asked.last() != Some(&Request::Detach) {
+            turn(&mut server, &mut asked);
+        }
+        server
+    };
+    let server = ControlServer::bind(&scratch.socket()).unwrap();
+    let daemon = thread::spawn(move || until_detach(server).end("the backup has activated", 10));
+    assert_eq!(detach().unwrap(), Exit::Other);
+    daemon.join().unwrap();
+
+    let server = ControlServer::bind(&scratch.socket()).unwrap();
+    let daemon = thread::spawn(move || drop(until_detach(server)));
+    let died = detach().unwrap_err().to_string();
+    assert!(died.contains("has died"), "{died}");
+    daemon.join().unwrap();
 }
 
 #[test]

@@ -116,10 +116,12 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
     let Parts {
         mut standby,
         mut events,
+        control,
         ..
     } = parts;
     standby.end();
     events.ended(&how, exit as u8);
+    control.end(&how, exit as u8);
     Ok(exit)
 }
 

@@ -96,6 +96,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         mut guard,
         mut events,
         nursery,
+        control,
         ..
     } = parts;
     let end = end.context("the loop ended without an end")?;
@@ -109,6 +110,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
     }
     qemu.leave(workshop, guest_stays);
     events.ended(&how, exit as u8);
+    control.end(&how, exit as u8);
     Ok(exit)
 }
 
