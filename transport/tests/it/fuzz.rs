@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::noise::Noise;
-use transport::Lane;
+use transport::choice::message::{Answer, Offer, Verdict};
 use transport::link::{CHUNK_BYTES, MESSAGE_BYTES_MAX};
 use transport::tcp::PairingId;
 use transport::tcp::frame::{
@@ -14,6 +14,7 @@ use transport::tcp::frame::{
 use transport::tcp::preamble::{
     PREAMBLE_BYTES, Preamble, REASON_BYTES_MAX, REPLY_BYTES, Reply, encode_refusal,
 };
+use transport::{Lane, TransportChoice};
 
 #[test]
 fn decoders_survive_anything() {
@@ -33,6 +34,8 @@ fn decoders_survive_anything() {
             frame_header(&mut noise);
             message_prefix(&mut noise);
             refusal(&mut noise);
+            offer(&mut noise);
+            answer(&mut noise);
             iterations += 1;
         }
     }
@@ -111,4 +114,53 @@ fn refusal(noise: &mut Noise) {
             reason_bytes: bytes.len() - REPLY_BYTES
         })
     );
+}
+
+fn offer(noise: &mut Noise) {
+    use TransportChoice::{Auto, Rdma, Tcp};
+    let good = Offer {
+        wants: [Auto, Tcp, Rdma][noise.below(3)],
+        rdma: match noise.below(2) {
+            0 => Ok(()),
+            _ => Err(words(noise)),
+        },
+        pairing: PairingId(noise.bytes()),
+    };
+    let bytes = cut_or_mutated(noise, good.encode());
+    if let Ok(decoded) = Offer::decode(&bytes) {
+        if let Err(reason) = &decoded.rdma {
+            assert!(!reason.contains(char::is_control), "{reason:?}");
+        }
+        let again = Offer::decode(&decoded.encode()).expect("what was decoded is valid");
+        assert_eq!(
+            (again.wants, again.pairing),
+            (decoded.wants, decoded.pairing)
+        );
+    }
+}
+
+fn answer(noise: &mut Noise) {
+    let good = Answer {
+        verdict: [Verdict::Refused, Verdict::Tcp, Verdict::Rdma][noise.below(3)],
+        reason: words(noise),
+    };
+    let bytes = cut_or_mutated(noise, good.encode());
+    if let Ok(decoded) = Answer::decode(&bytes) {
+        assert!(!decoded.reason.contains(char::is_control), "{decoded:?}");
+        let again = Answer::decode(&decoded.encode()).expect("what was decoded is valid");
+        assert_eq!(again.verdict, decoded.verdict);
+    }
+}
+
+fn words(noise: &mut Noise) -> String {
+    let length = noise.below(700);
+    (0..length)
+        .map(|_| char::from(b' ' + noise.below(95) as u8))
+        .collect()
+}
+
+fn cut_or_mutated(noise: &mut Noise, mut bytes: Vec<u8>) -> Vec<u8> {
+    noise.mutate(&mut bytes);
+    bytes.truncate(bytes.len() - noise.below(2) * noise.below(bytes.len()));
+    bytes
 }
