@@ -18,8 +18,10 @@ use transport::TransportChoice;
 pub(crate) use self::file::FileError;
 pub(crate) use self::places::{control_socket, runtime_dir};
 use crate::cli::{
-    DaemonArgs, GateName, ModeName, OnBackupLossName, Options, TrackerName, TransportName,
+    DaemonArgs, DeltasName, GateName, ModeName, OnBackupLossName, Options, TrackerName,
+    TransportName,
 };
+use crate::driver::primary::Deltas;
 
 const EPOCH_MS: u64 = 20;
 const EPOCH_MIN_MS: u64 = 2;
@@ -27,6 +29,7 @@ const EPOCH_IDLE_MS: u64 = 100;
 const HEARTBEAT_MS: u64 = 50;
 const FAILOVER_AFTER_MS: u64 = 1000;
 const MAX_UNACKED_MS: u64 = 2000;
+const DELTA_CACHE_MIB: u64 = 32;
 /// One that is lost or late must not end a lease.
 const HEARTBEATS_PER_LEASE: u64 = 3;
 /// The backup takes no other lease.
@@ -52,6 +55,8 @@ pub(crate) struct Settings {
     pub(crate) audit_every: u64,
     pub(crate) gate: GateName,
     pub(crate) transport: TransportChoice,
+    pub(crate) deltas: Deltas,
+    pub(crate) delta_cache_bytes: usize,
     pub(crate) allow_unreplicated_disks: bool,
     pub(crate) allow_ungated: bool,
     pub(crate) events: Option<PathBuf>,
@@ -185,6 +190,13 @@ impl Settings {
         let source = source(&options, dry_run)?;
         let vm_id = vm_id(&options, &source)?;
         let times = Times::new(&options)?;
+        let delta_cache_mib = options.delta_cache_mib.unwrap_or(DELTA_CACHE_MIB);
+        in_range(
+            "--delta-cache-mib",
+            delta_cache_mib,
+            0..=1 << 20,
+            "32 suits most guests; 0 keeps no pages, and only compresses",
+        )?;
         let control = match options.control {
             Some(path) => path,
             None => control_socket(&vm_id, mode_name),
@@ -216,6 +228,12 @@ impl Settings {
                 Some(TransportName::Rdma) => TransportChoice::Rdma,
                 Some(TransportName::Auto) | None => TransportChoice::Auto,
             },
+            deltas: match options.deltas {
+                Some(DeltasName::On) => Deltas::On,
+                Some(DeltasName::Off) => Deltas::Off,
+                Some(DeltasName::Auto) | None => Deltas::Auto,
+            },
+            delta_cache_bytes: (delta_cache_mib as usize) << 20, // at most a TiB
             allow_unreplicated_disks: options.allow_unreplicated_disks,
             allow_ungated: options.allow_ungated,
             events: options.events,
@@ -272,6 +290,8 @@ fn refuse_other_modes(mode: ModeName, line: &Options) -> Result<(), ConfigError>
                     "leave it out here, a backup tracks nothing",
                 ),
                 ("--audit-every", line.audit_every.is_some(), learns),
+                ("--deltas", line.deltas.is_some(), learns),
+                ("--delta-cache-mib", line.delta_cache_mib.is_some(), learns),
             ],
         ),
     };

@@ -164,7 +164,14 @@ fn prepare_primary(
     let session = Session(random_number()?);
     let term = store.load().term;
     let vm = vm_tag(&settings.vm_id);
-    let worker = PrimaryWorker::new(ram, tracker, arena, device_state);
+    let worker = PrimaryWorker::new(
+        ram,
+        tracker,
+        arena,
+        device_state,
+        settings.deltas,
+        settings.delta_cache_bytes,
+    );
     let workshop = Workshop::start(worker, scan)?;
     let config = PrimaryConfig {
         vm_id: hello.vm_id,

@@ -17,8 +17,8 @@ use common::epochs::{BLOCKS, Script, Step, check, test_frame, write_epoch};
 use common::{BODY_BYTES_AT, fix_checksums, fix_header_checksum, strategies};
 use dice::Dice;
 use ft_core::image::{
-    AuditDigest, CheckedChunk, ChunkBuilder, ChunkHead, EpochDigest, Piece, Trailer, check_epoch,
-    entries,
+    AuditDigest, CheckedChunk, ChunkBuilder, ChunkHead, EpochDigest, Piece, Trailer, Unpacked,
+    check_epoch, entries, packed::RECORD_BYTES_MAX,
 };
 use ft_core::limits::{CHUNK_BYTES, DEVICE_STATE_BYTES_MAX, MESSAGE_BYTES_MAX};
 use ft_core::wire::{self, ChunkTag, HEADER_BYTES, Header, Message};
@@ -82,6 +82,25 @@ fn chunk() {
                 let reach = *dice.pick(&[HEADER_BYTES + 20 * 16, PAGE_BYTES, bytes.len()]);
                 dice.change(&mut bytes, reach);
                 fix_some(dice, &mut bytes);
+                accepts_chunk(&bytes)
+            })
+            .count()
+    });
+}
+
+#[test]
+fn packed_pages() {
+    fuzz("packed_pages", |dice| {
+        let valid = a_packed_chunk(dice);
+        (0..CHANGES)
+            .filter(|_| {
+                let mut bytes = valid.clone();
+                let mut records = bytes.split_off(PAGE_BYTES);
+                let reach = *dice.pick(&[64, 600, records.len()]);
+                dice.change(&mut records, reach);
+                records.resize(valid.len() - PAGE_BYTES, 0);
+                bytes.extend(records);
+                fix_checksums(&mut bytes);
                 accepts_chunk(&bytes)
             })
             .count()
@@ -237,6 +256,19 @@ fn accepts_chunk(bytes: &[u8]) -> bool {
                 assert_in_block(run);
                 zero_pages += run.count;
             }
+            Piece::Packed { pages } => {
+                for page in pages.iter() {
+                    let (block, first) = (page.block, page.page);
+                    assert_in_block(PageRun {
+                        block,
+                        first,
+                        count: 1,
+                    });
+                    // Of this base or of another: it must not matter for safety.
+                    let _ = page.unpack(&mut [0xa5; PAGE_BYTES]);
+                    data_pages += 1;
+                }
+            }
             Piece::Device { offset, bytes } => {
                 assert_eq!(offset, device_end);
                 device_end += bytes.len() as u64;
@@ -270,6 +302,39 @@ fn a_chunk(dice: &mut Dice) -> Vec<u8> {
     write_epoch(test_frame(), &script, 0).remove(0)
 }
 
+/// A chunk of records of every form, deltas mostly.
+fn a_packed_chunk(dice: &mut Dice) -> Vec<u8> {
+    let mut memory = vec![0; CHUNK_BYTES];
+    let head = ChunkHead {
+        frame: test_frame(),
+        kind: EpochKind::Delta,
+        index: 0,
+    };
+    let mut builder = ChunkBuilder::new(&mut memory, head);
+    for _ in 0..1 + dice.below(8) {
+        let mut bytes = [0; PAGE_BYTES];
+        bytes.fill_with(|| dice.next() as u8);
+        let changed = std::array::from_fn(|_| dice.next() & dice.next() & dice.next());
+        let block = BlockId(0);
+        let page = Unpacked {
+            block,
+            page: dice.below(BLOCKS[0]),
+            bytes: &bytes,
+        };
+        let mut record = [0; RECORD_BYTES_MAX];
+        let used = match dice.below(4) {
+            0 => page.raw(&mut record),
+            _ => page
+                .delta(&changed, &mut record)
+                .unwrap_or_else(|| page.raw(&mut record)),
+        };
+        assert!(builder.push_packed(&record[..used]));
+    }
+    let used_bytes = builder.seal(false).used_bytes;
+    memory.truncate(used_bytes);
+    memory
+}
+
 fn a_step(dice: &mut Dice) -> Step {
     let block = dice.below(BLOCKS.len() as u64);
     let pages = BLOCKS[block as usize];
@@ -280,11 +345,14 @@ fn a_step(dice: &mut Dice) -> Step {
         first,
         count,
     };
-    match dice.chance(2) {
-        true => Step::Zero { run },
-        false => Step::Data {
+    let fill = dice.next() as u8;
+    match dice.below(4) {
+        0 => Step::Zero { run },
+        1 => Step::Data { run, fill },
+        kind => Step::Packed {
             run,
-            fill: dice.next() as u8,
+            fill,
+            lz4: kind == 2,
         },
     }
 }

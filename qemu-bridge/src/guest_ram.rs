@@ -41,6 +41,11 @@ pub enum RamError {
         operation: &'static str,
         source: io::Error,
     },
+    #[error(
+        "page {page} of RAM block {block} is not what its delta was made for: something else has \
+         written the standby's RAM"
+    )]
+    OtherBase { block: String, page: u64 },
     #[error("the new QEMU's RAM is not that of the one before: {what}")]
     OtherBlocks { what: String },
 }

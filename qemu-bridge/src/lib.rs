@@ -7,6 +7,7 @@ pub mod gate;
 pub mod gather;
 pub mod guardian;
 pub mod guest_ram;
+pub mod page_diff;
 pub mod qmp;
 pub mod refusals;
 pub mod shape;

@@ -8,7 +8,7 @@ use std::ffi::CString;
 use std::io;
 use std::ops::Range;
 
-use ft_core::image::{Piece, entries};
+use ft_core::image::{PackedPage, Piece, entries};
 use ft_core::types::PAGE_BYTES;
 use ft_core::{BlockId, PageRun};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -57,16 +57,37 @@ impl StandbyRam {
     /// `device_state`, where the caller collects them in the order of the chunks.
     ///
     /// # Errors
-    /// The kernel refuses: RAM is then half of one epoch and half of another.
+    /// The kernel refuses, or a page is not the one that was sent: RAM is then half of one epoch and
+    /// half of another.
     pub fn apply(&self, chunk: &[u8], device_state: &mut Vec<u8>) -> Result<(), RamError> {
         for piece in entries(chunk) {
             match piece {
                 Piece::Data { run, bytes } => self.write(run, bytes)?,
                 Piece::Zero { run } => self.zero(run)?,
+                Piece::Packed { pages } => pages.iter().try_for_each(|page| self.unpack(&page))?,
                 Piece::Device { bytes, .. } => device_state.extend_from_slice(bytes),
             }
         }
         Ok(())
+    }
+
+    fn unpack(&self, packed: &PackedPage<'_>) -> Result<(), RamError> {
+        let (block, first) = (packed.block, packed.page);
+        let run = PageRun {
+            block,
+            first,
+            count: 1,
+        };
+        let mut page = [0; PAGE_BYTES];
+        // Reading a hole would fill it.
+        if packed.needs_base() {
+            self.copy_out(block, first, &mut page);
+        }
+        if !packed.unpack(&mut page) {
+            let block = self.locate(run).0.name.clone();
+            return Err(RamError::OtherBase { block, page: first });
+        }
+        self.write(run, &page)
     }
 
     fn write(&self, run: PageRun, bytes: &[u8]) -> Result<(), RamError> {

@@ -1,6 +1,7 @@
 //! The primary's loop.
 
 mod image;
+mod packing;
 mod qemu;
 mod work;
 mod workshop;
@@ -14,10 +15,11 @@ use ft_core::primary::{Action, Command, End, GateState, Input, LinkDown, Primary
 use ft_core::wire::Frame;
 use nix::poll::PollFlags;
 use qemu_bridge::gate::Operation;
-use transport::choice::Connected;
+use transport::choice::{Connected, Transport};
 use transport::tcp::PairingId;
 use transport::{Chunk, Event, Grant, Link, LossKind, TransportConfig, TransportConnector};
 
+pub(crate) use self::packing::Deltas;
 pub(crate) use self::qemu::Qemu;
 use self::qemu::QemuInput;
 pub(crate) use self::work::PrimaryWorker;
@@ -83,6 +85,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         chunks: HashMap::new(),
         results: Vec::new(),
         not_connected: None,
+        transport: Transport::Tcp,
         end: None,
     };
     driver.drain()?;
@@ -158,6 +161,8 @@ struct Driver {
     results: Vec<Done>,
     /// Why there is no link yet, as it was said.
     not_connected: Option<String>,
+    /// What carries the chunks of the newest link.
+    transport: Transport,
     end: Option<End>,
 }
 
@@ -269,8 +274,14 @@ impl Driver {
         };
         match connector.progress() {
             Ok(None) => {}
-            Ok(Some(Connected { link, sentence, .. })) => {
+            Ok(Some(Connected {
+                link,
+                sentence,
+                transport,
+                ..
+            })) => {
                 self.connector = None;
+                self.transport = transport;
                 self.not_connected = None;
                 self.parts.events.note(&sentence);
                 if let Err(error) = self.adopt(link) {
@@ -506,7 +517,13 @@ impl Driver {
                     term: self.term(),
                     ..self.parts.frame
                 };
-                self.work(Job::Harvest { frame, kind, audit });
+                let pack = self.transport == Transport::Tcp;
+                self.work(Job::Harvest {
+                    frame,
+                    kind,
+                    audit,
+                    pack,
+                });
             }
             Action::Seal {
                 base, run_state, ..

@@ -37,6 +37,9 @@ struct Arguments {
     vcpus: u32,
     #[arg(long, default_value = "auto")]
     tracker: String,
+    /// More options for the primary's daemon, after `--`
+    #[arg(last = true)]
+    options: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -54,16 +57,18 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut guest = Guest::tick(&arguments.qemu)?;
     guest.machine.clone_from(&arguments.machine);
     guest.vcpus = arguments.vcpus;
+    let mut options = vec![
+        "--audit-every".into(),
+        AUDIT_EVERY.to_string(),
+        "--tracker".into(),
+        arguments.tracker.clone(),
+    ];
+    options.extend_from_slice(&arguments.options);
     let setup = Setup {
         guest,
         watch: Watch::Tick,
         floors: true,
-        options: vec![
-            "--audit-every".into(),
-            AUDIT_EVERY.to_string(),
-            "--tracker".into(),
-            arguments.tracker.clone(),
-        ],
+        options,
     };
     say("booting a Linux guest under QEMU, and a standby QEMU that waits …");
     let mut pair = Pair::start(place.path(), &setup)?;
@@ -169,6 +174,7 @@ fn report(pair: &Pair, setup: &Setup, killed_us: u64, failover: &Value) -> Resul
         "floors": floors.len(),
         "commit_us": quantiles(&pair.primary.numbers("epoch", "commit_us")),
         "dirty_pages": quantiles(&pair.primary.numbers("epoch", "dirty_pages")),
+        "sent_bytes": quantiles(&pair.primary.numbers("epoch", "bytes")),
         "audits": { "run": audits.len(), "mismatches": mismatches },
         "failover": {
             "detect_us": decided_us.saturating_sub(killed_us),

@@ -55,6 +55,9 @@ struct Arguments {
     /// `kvm` runs a boot sector in place of Linux, with no network
     #[arg(long, default_value = "tcg")]
     accel: String,
+    /// More options for the primary's daemon, after `--`
+    #[arg(last = true)]
+    options: Vec<String>,
 }
 
 /// One kill and what came of it.
@@ -138,7 +141,8 @@ fn kill_once(arguments: &Arguments, aim: Phase, draw: u64) -> Result<Outcome> {
         ("--failover-after-ms", FAILOVER_AFTER_MS),
     ];
     let options = options.iter().flat_map(|(name, value)| [*name, *value]);
-    let options = options.map(str::to_owned).collect();
+    let own = options.map(str::to_owned);
+    let options = own.chain(arguments.options.iter().cloned()).collect();
     let setup = Setup {
         guest,
         watch: Watch::AllRam,

@@ -5,7 +5,9 @@ use zerocopy::FromBytes;
 use super::layout::{
     ChunkHead, DATA_PAGES_MAX, ENTRIES_MAX, EntryKind, RawEntry, entry_range, page_range,
 };
+use super::packed::RECORD_BYTES_MAX;
 use super::trailer::Trailer;
+use super::walk::{Found, Piece, Walk};
 use crate::limits::{CHUNK_BYTES, DEVICE_STATE_BYTES_MAX};
 use crate::types::{BlockId, PAGE_BYTES, PageRun};
 use crate::wire::header::ChunkFields;
@@ -28,9 +30,19 @@ pub struct ChunkBuilder<M> {
     pages: usize,
     /// Pages lent since the last commit; an entry slot is kept for them.
     lent: usize,
+    /// Records that have no entry yet.
+    packed: Option<Records>,
     data_pages: u32,
     zero_pages: u64,
     ended: bool,
+}
+
+/// A stretch of records that still grows.
+#[derive(Clone, Copy, Debug)]
+struct Records {
+    first_page: usize,
+    bytes: usize,
+    count: u64,
 }
 
 /// What became of a chunk.
@@ -54,6 +66,7 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
             entries: 0,
             pages: 0,
             lent: 0,
+            packed: None,
             data_pages: 0,
             zero_pages: 0,
             ended: false,
@@ -61,7 +74,7 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.entries == 0
+        self.entries == 0 && self.packed.is_none()
     }
 
     /// No further page of data fits; a zero run still may.
@@ -90,6 +103,7 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
         if count == 0 {
             return None;
         }
+        self.end_packed();
         self.lent = count;
         Some(&mut self.memory.as_mut()[page_range(self.pages, count)])
     }
@@ -118,6 +132,54 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
         self.data_pages += pages;
     }
 
+    /// Adds a page's record, as [`super::Unpacked`] makes it, to the stretch of them that it
+    /// follows or begins: anything else ends a stretch, and the next one takes a page of its own.
+    /// `false`: there is no room, and nothing changed.
+    pub fn push_packed(&mut self, record: &[u8]) -> bool {
+        if self.packed.is_none() && self.page_room() == 0 {
+            return false;
+        }
+        let mut records = self.packed.unwrap_or(Records {
+            first_page: self.pages,
+            bytes: 0,
+            count: 0,
+        });
+        let start = page_range(records.first_page, 0).start + records.bytes;
+        let Some(room) = self.memory.as_mut().get_mut(start..start + record.len()) else {
+            return false;
+        };
+        room.copy_from_slice(record);
+        records.bytes += record.len();
+        records.count += 1;
+        self.lent = 0;
+        self.pages = records.first_page + records.bytes.div_ceil(PAGE_BYTES);
+        self.packed = Some(records);
+        self.data_pages += 1;
+        true
+    }
+
+    /// Whether one more record fits, however long it is.
+    pub fn has_room_for_record(&self) -> bool {
+        match self.packed {
+            None => self.page_room() > 0 && self.pages + 2 <= DATA_PAGES_MAX,
+            Some(records) => {
+                let used = records.first_page * PAGE_BYTES + records.bytes;
+                used + RECORD_BYTES_MAX <= DATA_PAGES_MAX * PAGE_BYTES
+            }
+        }
+    }
+
+    /// What was put in so far.
+    pub fn pieces(&mut self) -> impl Iterator<Item = Piece<'_>> {
+        self.end_packed();
+        let used = page_range(self.pages, 0).start;
+        let walk = Walk::new(&self.memory.as_mut()[..used], self.entries);
+        walk.filter_map(|found| match found.expect("we have written it").1 {
+            Found::Piece(piece) => Some(piece),
+            Found::Trailer(_) => None,
+        })
+    }
+
     /// Marks a run of pages as zeros. `false`: the chunk has no entry left, and nothing changed.
     ///
     /// Leaves the pages alone that are lent and not committed, and a slot for their entry.
@@ -132,6 +194,8 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
         if self.ended {
             return false;
         }
+        // Entries are applied in their order.
+        self.end_packed();
         if !self.extend(EntryKind::Zero, run.block, run.first, count) {
             if self.entry_room() <= usize::from(self.lent > 0) {
                 return false;
@@ -164,6 +228,7 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
             end <= DEVICE_STATE_BYTES_MAX as u64,
             "device state ends at {end}"
         );
+        self.end_packed();
         let pages = bytes.len().div_ceil(PAGE_BYTES);
         let (filled, padding) =
             self.memory.as_mut()[page_range(self.pages, pages)].split_at_mut(bytes.len());
@@ -179,6 +244,7 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
         if self.page_room() == 0 {
             return false;
         }
+        self.end_packed();
         trailer.encode(&mut self.memory.as_mut()[page_range(self.pages, 1)]);
         self.lent = 0;
         self.pages += 1;
@@ -204,6 +270,7 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
             last, self.ended,
             "the last chunk has the trailer, and no other"
         );
+        self.end_packed();
         let used_bytes = PAGE_BYTES * (1 + self.pages);
         let memory = self.memory.as_mut();
         memory[entry_range(self.entries).start..PAGE_BYTES].fill(0);
@@ -234,8 +301,26 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
         if self.ended {
             0
         } else {
-            ENTRIES_MAX - self.entries
+            // Growing records have a slot kept for them.
+            ENTRIES_MAX - self.entries - usize::from(self.packed.is_some())
         }
+    }
+
+    /// Gives the records their entry.
+    fn end_packed(&mut self) {
+        let Some(records) = self.packed.take() else {
+            return;
+        };
+        let end = page_range(records.first_page, 0).start + records.bytes;
+        let padding = end..page_range(self.pages, 0).start;
+        self.memory.as_mut()[padding].fill(0);
+        // A chunk's bytes fit in 32 bits.
+        self.add(
+            EntryKind::Packed,
+            BlockId(0),
+            records.count,
+            records.bytes as u32,
+        );
     }
 
     fn page_room(&self) -> usize {

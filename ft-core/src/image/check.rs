@@ -4,6 +4,7 @@
 //! the later one counts, and a peer that may write a page once may as well write it twice.
 
 use super::layout::entry_range;
+use super::packed::{PackedError, PackedPages};
 use super::trailer::{EpochDigest, Trailer};
 use super::walk::{Found, Piece, Walk, chunk_header, used_bytes};
 use crate::limits::DEVICE_STATE_BYTES_MAX;
@@ -81,6 +82,8 @@ pub enum ImageError {
         "entry {entry}: device state ends at byte {end}, past the {DEVICE_STATE_BYTES_MAX} allowed"
     )]
     DeviceTooLong { entry: usize, end: u64 },
+    #[error("entry {entry}: {source}")]
+    Packed { entry: usize, source: PackedError },
     #[error("entry {entry} follows the trailer")]
     AfterTrailer { entry: usize },
     #[error("the last chunk must have a trailer and no other may: last is {last}")]
@@ -149,7 +152,7 @@ pub fn check_chunk(memory: &[u8], expect: &Expect<'_>) -> Result<CheckedChunk, I
         device_bytes: 0,
         trailer: None,
     };
-    let mut walk = Walk::new(used, chunk);
+    let mut walk = Walk::new(used, chunk.entries.into());
     for found in walk.by_ref() {
         let (entry, found) = found?;
         if checked.trailer.is_some() {
@@ -217,16 +220,36 @@ impl CheckedChunk {
         match found {
             Found::Piece(Piece::Data { run, .. }) => {
                 check_run(entry, run, blocks)?;
-                self.data_pages += run.count as u32; // the chunk has these pages: 255 at most
+                self.data_pages += run.count as u32; // the chunk has these pages
             }
             Found::Piece(Piece::Zero { run }) => {
                 check_run(entry, run, blocks)?;
                 self.zero_pages += run.count; // 252 counts of 32 bits
             }
+            Found::Piece(Piece::Packed { pages }) => self.add_packed(entry, pages, blocks)?,
             Found::Piece(Piece::Device { offset, bytes }) => {
                 self.add_device(entry, offset, bytes)?
             }
             Found::Trailer(page) => self.trailer = Some(Trailer::decode(page, blocks.len())?),
+        }
+        Ok(())
+    }
+
+    fn add_packed(
+        &mut self,
+        entry: usize,
+        pages: PackedPages<'_>,
+        blocks: &[u64],
+    ) -> Result<(), ImageError> {
+        for page in pages.records() {
+            let page = page.map_err(|source| ImageError::Packed { entry, source })?;
+            let run = PageRun {
+                block: page.block,
+                first: page.page,
+                count: 1,
+            };
+            check_run(entry, run, blocks)?;
+            self.data_pages += 1; // fewer than the chunk has bytes
         }
         Ok(())
     }

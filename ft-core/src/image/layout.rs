@@ -34,14 +34,17 @@ pub(super) enum EntryKind {
     Device = 3,
     /// The trailer; one page of the chunk.
     Trailer = 4,
+    /// `count` bytes of records of `at` pages; whole pages of the chunk.
+    Packed = 5,
 }
 
 impl EntryKind {
-    pub(super) const ALL: [EntryKind; 4] = [
+    pub(super) const ALL: [EntryKind; 5] = [
         EntryKind::Data,
         EntryKind::Zero,
         EntryKind::Device,
         EntryKind::Trailer,
+        EntryKind::Packed,
     ];
 }
 
@@ -50,7 +53,7 @@ impl EntryKind {
 )]
 #[repr(C)]
 pub(super) struct RawEntry {
-    /// Zero for device state and trailer.
+    /// Zero for all but data and zeros.
     pub(super) block: U16,
     pub(super) kind: u8,
     pub(super) reserved: u8,

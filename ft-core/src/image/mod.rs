@@ -4,7 +4,8 @@
 //! the rest of the first page, then whole pages in the order of the entries that own them. So
 //! pages can be copied straight into place while the entries still grow, and a chunk can be
 //! pushed and checked while the next one is filled. The last chunk of an epoch ends with the
-//! device state and a [`Trailer`], which seals them all.
+//! device state and a [`Trailer`], which seals them all. Where bytes are dear, pages travel
+//! [`packed`] instead.
 //!
 //! ```text
 //! 0      64                          4096          8192
@@ -16,11 +17,13 @@
 pub mod builder;
 pub mod check;
 pub mod layout;
+pub mod packed;
 pub mod trailer;
 mod walk;
 
 pub use builder::{ChunkBuilder, Sealed};
 pub use check::{CheckedChunk, Expect, ImageError, check_chunk, check_epoch};
 pub use layout::{ChunkHead, DATA_PAGES_MAX, ENTRIES_MAX};
+pub use packed::{ChangedWords, PackedPage, Page, Unpacked};
 pub use trailer::{AuditDigest, EpochDigest, Trailer};
 pub use walk::{Piece, entries};

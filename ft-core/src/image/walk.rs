@@ -4,6 +4,7 @@ use zerocopy::FromBytes;
 
 use super::check::ImageError;
 use super::layout::{EntryKind, RawEntry, entry_range};
+use super::packed::PackedPages;
 use crate::types::{BlockId, PAGE_BYTES, PageRun};
 use crate::wire::header::ChunkFields;
 use crate::wire::{Header, Kind, WireError};
@@ -15,6 +16,8 @@ pub enum Piece<'a> {
     Data { run: PageRun, bytes: &'a [u8] },
     /// All of the run's bytes are zero.
     Zero { run: PageRun },
+    /// Pages whose bytes have to be made.
+    Packed { pages: PackedPages<'a> },
     /// A piece of the device state.
     Device { offset: u64, bytes: &'a [u8] },
 }
@@ -27,7 +30,7 @@ pub enum Piece<'a> {
 pub fn entries(memory: &[u8]) -> impl Iterator<Item = Piece<'_>> {
     let (header, chunk) = chunk_header(memory).expect("the chunk was checked");
     let used = used_bytes(&header);
-    Walk::new(&memory[..used], chunk).filter_map(|found| {
+    Walk::new(&memory[..used], chunk.entries.into()).filter_map(|found| {
         match found.expect("the chunk was checked").1 {
             Found::Piece(piece) => Some(piece),
             Found::Trailer(_) => None,
@@ -66,9 +69,9 @@ pub(super) struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     /// `used` is the chunk from its header on, whole pages.
-    pub(super) fn new(used: &'a [u8], chunk: ChunkFields) -> Walk<'a> {
+    pub(super) fn new(used: &'a [u8], entries: usize) -> Walk<'a> {
         let (first_page, pages) = used.split_at(PAGE_BYTES);
-        let table = &first_page[entry_range(0).start..entry_range(chunk.entries.into()).start];
+        let table = &first_page[entry_range(0).start..entry_range(entries).start];
         Walk {
             entries: <[RawEntry]>::ref_from_bytes(table).expect("whole entries"),
             next: 0,
@@ -106,20 +109,32 @@ impl<'a> Walk<'a> {
                 bytes: self.take_pages(entry, count as usize)?,
             }),
             EntryKind::Zero => Found::Piece(Piece::Zero { run }),
-            EntryKind::Device => {
-                let bytes = count as usize;
-                let pages = self.take_pages(entry, bytes.div_ceil(PAGE_BYTES))?;
-                let (bytes, padding) = pages.split_at(bytes);
-                if padding.iter().any(|&b| b != 0) {
-                    return Err(ImageError::EntryReserved { entry });
-                }
-                Found::Piece(Piece::Device { offset: at, bytes })
+            EntryKind::Packed => {
+                let bytes = self.take_bytes(entry, count)?;
+                Found::Piece(Piece::Packed {
+                    pages: PackedPages { bytes, count: at },
+                })
             }
+            EntryKind::Device => Found::Piece(Piece::Device {
+                offset: at,
+                bytes: self.take_bytes(entry, count)?,
+            }),
             EntryKind::Trailer if (at, count) == (0, 1) => {
                 Found::Trailer(self.take_pages(entry, 1)?)
             }
             EntryKind::Trailer => return Err(ImageError::EntryReserved { entry }),
         })
+    }
+
+    /// The first `count` bytes of as many pages as they take.
+    fn take_bytes(&mut self, entry: usize, count: u32) -> Result<&'a [u8], ImageError> {
+        let count = count as usize;
+        let pages = self.take_pages(entry, count.div_ceil(PAGE_BYTES))?;
+        let (bytes, padding) = pages.split_at(count);
+        if padding.iter().any(|&b| b != 0) {
+            return Err(ImageError::EntryReserved { entry });
+        }
+        Ok(bytes)
     }
 
     fn take_pages(&mut self, entry: usize, count: usize) -> Result<&'a [u8], ImageError> {

@@ -269,7 +269,7 @@ fn every_contradiction_in_a_chunk_is_named() {
     #[rustfmt::skip]
     let cases: [(usize, &[u8], ImageError); 26] = [
         (entry(0, 2), &[0], E::EntryKind { entry: 0, kind: 0 }),
-        (entry(0, 2), &[5], E::EntryKind { entry: 0, kind: 5 }),
+        (entry(0, 2), &[6], E::EntryKind { entry: 0, kind: 6 }),
         (entry(1, 3), &[1], E::EntryReserved { entry: 1 }),
         (entry(0, 4), &[0], E::EntryEmpty { entry: 0 }),
         (entry(1, 4), &[0], E::EntryEmpty { entry: 1 }),

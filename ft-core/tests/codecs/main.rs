@@ -6,4 +6,5 @@ mod dirty;
 mod golden;
 mod image;
 mod model;
+mod packed;
 mod wire;

@@ -27,11 +27,15 @@ pub(crate) fn script() -> impl Strategy<Value = Script> {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let one = (run(300), 1..=255u8, any::<bool>()).prop_map(|(run, fill, zero)| {
-        vec![if zero {
-            Step::Zero { run }
-        } else {
-            Step::Data { run, fill }
+    let one = (run(300), 1..=255u8, 0..4).prop_map(|(run, fill, kind)| {
+        vec![match kind {
+            0 => Step::Zero { run },
+            1 => Step::Data { run, fill },
+            kind => Step::Packed {
+                run,
+                fill,
+                lz4: kind == 2,
+            },
         }]
     });
     let hole = run(u64::MAX).prop_map(|run| vec![Step::Zero { run }]);
@@ -79,7 +83,9 @@ impl Contents {
         };
         for step in &script.steps {
             match *step {
-                Step::Data { run, fill } => contents.put(run, fill),
+                Step::Data { run, fill } | Step::Packed { run, fill, .. } => {
+                    contents.put(run, fill)
+                }
                 Step::Zero { run } => contents.put(run, 0),
             }
         }
@@ -102,6 +108,21 @@ impl Contents {
                                 ..run
                             },
                             page[0],
+                        );
+                    }
+                }
+                Piece::Packed { pages } => {
+                    for page in pages.iter() {
+                        let mut bytes = [0xa5; PAGE_BYTES];
+                        assert!(page.unpack(&mut bytes), "torn page");
+                        let (block, first) = (page.block, page.page);
+                        self.put(
+                            PageRun {
+                                block,
+                                first,
+                                count: 1,
+                            },
+                            bytes[0],
                         );
                     }
                 }

@@ -2,11 +2,11 @@
 
 use ft_core::image::{
     AuditDigest, CheckedChunk, ChunkBuilder, ChunkHead, EpochDigest, Expect, ImageError, Trailer,
-    check_chunk,
+    Unpacked, check_chunk, packed::RECORD_BYTES_MAX,
 };
 use ft_core::limits::CHUNK_BYTES;
 use ft_core::wire::Frame;
-use ft_core::{Epoch, EpochKind, PAGE_BYTES, PageRun, RunState, Session, Term, VmTag};
+use ft_core::{BlockId, Epoch, EpochKind, PAGE_BYTES, PageRun, RunState, Session, Term, VmTag};
 
 /// Pages per block of the VM that all of these epochs are of.
 pub(crate) const BLOCKS: [u64; 4] = [1 << 20, 600, 1, 65];
@@ -27,6 +27,12 @@ pub(crate) enum Step {
     Data {
         run: PageRun,
         fill: u8,
+    },
+    /// The same, each page in a record.
+    Packed {
+        run: PageRun,
+        fill: u8,
+        lz4: bool,
     },
     Zero {
         run: PageRun,
@@ -118,6 +124,19 @@ impl Rest<'_> {
                         self.done += count as u64;
                     }
                 }
+                Step::Packed { run, fill, lz4 } => {
+                    while self.done < run.count {
+                        let page = run.first + self.done;
+                        let record = uniform_record(run.block, page, fill, lz4);
+                        let roomy = builder.has_room_for_record();
+                        let pushed = builder.push_packed(&record);
+                        assert!(pushed || !roomy, "there was room");
+                        if !pushed {
+                            return false;
+                        }
+                        self.done += 1;
+                    }
+                }
             }
             self.done = 0;
             self.steps = &self.steps[1..];
@@ -128,6 +147,18 @@ impl Rest<'_> {
         self.device_done += piece.len();
         self.device_done == device.len()
     }
+}
+
+/// A page whose bytes all are `fill`.
+pub(crate) fn uniform_record(block: BlockId, page: u64, fill: u8, lz4: bool) -> Vec<u8> {
+    let bytes = &[fill; PAGE_BYTES];
+    let mut record = [0; RECORD_BYTES_MAX];
+    let page = Unpacked { block, page, bytes };
+    let used = match lz4 {
+        true => page.lz4(&mut record).expect("nothing compresses better"),
+        false => page.raw(&mut record),
+    };
+    record[..used].to_vec()
 }
 
 pub(crate) fn check(chunk: &[u8]) -> Result<CheckedChunk, ImageError> {

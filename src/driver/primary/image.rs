@@ -48,6 +48,11 @@ impl EpochImage {
         }
     }
 
+    /// An image of the same epoch with nothing in it.
+    pub(super) fn anew(&self) -> EpochImage {
+        EpochImage::new(self.frame, self.kind)
+    }
+
     /// Begins the next chunk.
     pub(super) fn begin(&mut self, memory: ChunkMut) -> ChunkBuilder<ChunkMut> {
         let head = ChunkHead {

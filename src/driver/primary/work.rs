@@ -20,6 +20,7 @@ use qemu_bridge::tracker::{Tracker, TrackerError};
 use transport::{Arena, Chunk, ChunkMut};
 
 use super::image::{Ending, EpochImage, room_for_end};
+use super::packing::{Deltas, Packer, Sink};
 
 /// Chunks that stay ready beyond what the last epochs needed, so that nothing is allocated
 /// while the guest is paused.
@@ -40,6 +41,8 @@ pub(crate) enum Job {
         frame: Frame,
         kind: EpochKind,
         audit: bool,
+        /// The link is one on which fewer bytes may be worth work.
+        pack: bool,
     },
     /// What a harvest has left.
     CopyRest,
@@ -80,6 +83,8 @@ struct OpenEpoch {
     /// Full, and not summed up yet: of a short harvest that is left for when the guest runs again.
     full: Vec<ChunkBuilder<ChunkMut>>,
     builder: ChunkBuilder<ChunkMut>,
+    /// To be packed before it is sealed.
+    packed: bool,
     audit: bool,
     digest: Option<AuditDigest>,
     began: Instant,
@@ -103,7 +108,16 @@ pub(crate) struct PrimaryWorker {
     /// Chunks that recent epochs took.
     usual_chunks: usize,
     device_buffer: Vec<u8>,
+    packer: Packer,
     open: Option<OpenEpoch>,
+}
+
+/// Packed chunks on their way to the link.
+struct PackedImage<'a> {
+    image: &'a mut EpochImage,
+    builder: &'a mut ChunkBuilder<ChunkMut>,
+    arena: &'a Arena,
+    report: &'a mut dyn FnMut(Done),
 }
 
 impl PrimaryWorker {
@@ -112,6 +126,8 @@ impl PrimaryWorker {
         tracker: Box<dyn Tracker>,
         arena: Arena,
         device_state: File,
+        deltas: Deltas,
+        delta_cache_bytes: usize,
     ) -> PrimaryWorker {
         let pages = ram.pages_per_block();
         PrimaryWorker {
@@ -124,6 +140,7 @@ impl PrimaryWorker {
             cursor: Cursor::default(),
             usual_chunks: 0,
             device_buffer: Vec::new(),
+            packer: Packer::new(deltas, pages, delta_cache_bytes),
             open: None,
         }
     }
@@ -154,8 +171,13 @@ impl PrimaryWorker {
                 report(done);
                 Ok(None)
             }
-            Job::Harvest { frame, kind, audit } => self
-                .open_epoch(frame, kind, audit)
+            Job::Harvest {
+                frame,
+                kind,
+                audit,
+                pack,
+            } => self
+                .open_epoch(frame, kind, audit, pack)
                 .and_then(|open| self.copy(open, budget, report))
                 .map_err(|text| (Step::Harvest, text)),
             Job::CopyRest => match self.open.take() {
@@ -173,6 +195,7 @@ impl PrimaryWorker {
                 .map(|()| None)
                 .map_err(|text| (Step::Seal, text)),
             Job::DropDirt => {
+                self.packer.acknowledged();
                 self.inflight.clear();
                 // Outside of the pause: have chunks ready for the next one.
                 self.arena
@@ -182,6 +205,7 @@ impl PrimaryWorker {
             }
             Job::MergeDirt => {
                 self.open = None;
+                self.packer.given_up(&self.inflight);
                 self.pending
                     .merge(&self.inflight)
                     .expect("both sets are of the same RAM");
@@ -195,7 +219,16 @@ impl PrimaryWorker {
         })
     }
 
+    /// Pages that the next seal packs.
+    pub(crate) fn pages_to_pack(&self) -> u64 {
+        match &self.open {
+            Some(open) if open.packed => self.inflight.count(),
+            _ => 0,
+        }
+    }
+
     fn arm_all(&mut self) -> Done {
+        self.packer.forget();
         self.pending.clear();
         self.inflight.clear();
         match self.tracker.arm_all(&self.ram) {
@@ -267,6 +300,7 @@ impl PrimaryWorker {
         frame: Frame,
         kind: EpochKind,
         audit: bool,
+        pack: bool,
     ) -> Result<OpenEpoch, String> {
         self.open = None;
         let began = Instant::now();
@@ -278,6 +312,7 @@ impl PrimaryWorker {
             image,
             full: Vec::new(),
             builder,
+            packed: kind == EpochKind::Delta && self.packer.packs(pack),
             audit,
             digest: None,
             began,
@@ -299,7 +334,7 @@ impl PrimaryWorker {
         {
             let next = open.image.begin(self.alloc()?);
             open.full.push(std::mem::replace(&mut open.builder, next));
-            if budget == usize::MAX {
+            if budget == usize::MAX && !open.packed {
                 open.seal_full(report);
             } else if open.full.len() == budget {
                 self.open = Some(open);
@@ -327,6 +362,10 @@ impl PrimaryWorker {
         report: &mut dyn FnMut(Done),
     ) -> Result<(), String> {
         let mut open = self.open.take().ok_or("its harvest had failed")?;
+        self.packer.begin(self.inflight.count(), open.packed);
+        if open.packed {
+            self.pack(&mut open, report)?;
+        }
         open.seal_full(report);
         let OpenEpoch {
             mut image,
@@ -361,6 +400,23 @@ impl PrimaryWorker {
         }
     }
 
+    /// Puts smaller chunks in the place of what was harvested.
+    fn pack(&mut self, open: &mut OpenEpoch, report: &mut dyn FnMut(Done)) -> Result<(), String> {
+        open.image = open.image.anew();
+        let first = open.image.begin(self.alloc()?);
+        let last_harvested = std::mem::replace(&mut open.builder, first);
+        let mut packed = PackedImage {
+            image: &mut open.image,
+            builder: &mut open.builder,
+            arena: &self.arena,
+            report,
+        };
+        for chunk in open.full.drain(..).chain([last_harvested]) {
+            self.packer.pack(chunk, &mut packed)?;
+        }
+        Ok(())
+    }
+
     /// Moves what is dirty into the epoch. When a tracker fails it may have armed pages that
     /// it did not report, so all of RAM goes into the next epoch.
     fn take_dirt(&mut self, kind: EpochKind) -> Result<(), TrackerError> {
@@ -390,9 +446,25 @@ impl PrimaryWorker {
     }
 
     fn alloc(&self) -> Result<ChunkMut, String> {
-        self.arena
-            .alloc()
-            .ok_or_else(|| "an epoch larger than all of RAM".to_owned())
+        alloc(&self.arena)
+    }
+}
+
+fn alloc(arena: &Arena) -> Result<ChunkMut, String> {
+    let chunk = arena.alloc();
+    chunk.ok_or_else(|| "an epoch larger than all of RAM".to_owned())
+}
+
+impl Sink for PackedImage<'_> {
+    fn chunk(&mut self) -> &mut ChunkBuilder<ChunkMut> {
+        self.builder
+    }
+
+    fn next_chunk(&mut self) -> Result<(), String> {
+        let next = self.image.begin(alloc(self.arena)?);
+        let full = std::mem::replace(self.builder, next);
+        (self.report)(self.image.seal(full));
+        Ok(())
     }
 }
 

@@ -14,6 +14,8 @@ use crate::driver::worker::Worker;
 
 /// Chunks that the driver fills at most, a few milliseconds of work: heartbeats wait meanwhile.
 const SHORT_CHUNKS: usize = 8;
+/// Pages that the driver packs at most: QEMU's reply to `cont` waits meanwhile.
+const SHORT_PACKED_PAGES: u64 = 64;
 /// A scan that takes longer is not the driver's.
 const SHORT_SCAN: Duration = Duration::from_millis(3);
 
@@ -52,7 +54,7 @@ impl Workshop {
     /// Does a short job at once, with its results in `done`; puts others in the thread's queue.
     /// Jobs are done in their order.
     pub(crate) fn submit(&self, job: Job, done: &mut Vec<Done>) {
-        let rest = if self.is_short(&job) && self.thread.is_idle() {
+        let rest = if self.thread.is_idle() && self.is_short(&job) {
             match lock(&self.worker).as_mut() {
                 Some(worker) => worker.handle(job, SHORT_CHUNKS, &mut |result| done.push(result)),
                 None => None,
@@ -70,7 +72,9 @@ impl Workshop {
             Job::Harvest { kind, audit, .. } => {
                 self.scans_fast && *kind == EpochKind::Delta && !audit
             }
-            Job::Seal { .. } => true,
+            Job::Seal { .. } => lock(&self.worker)
+                .as_ref()
+                .is_some_and(|worker| worker.pages_to_pack() <= SHORT_PACKED_PAGES),
             _ => false,
         }
     }
