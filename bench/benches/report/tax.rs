@@ -14,7 +14,7 @@ use bench::report::plot::{Axis, Bar, Scale, Series, bars, lines, number};
 use bench::report::{Bound, Figure, Group, Latency, Ratio, Table, median};
 use serde_json::json;
 
-use crate::options::Options;
+use crate::options::{Options, PATIENT};
 
 const EPOCHS_MS: [u64; 5] = [5, 10, 20, 50, 100];
 /// The limits: so many points above what the pauses take; and of a guest without work.
@@ -184,8 +184,7 @@ impl Stage {
     fn attach(&self, dir: &Path, epoch_ms: u64) -> Result<Daemon> {
         let socket = self.place.path().join("guest.qmp").display().to_string();
         let epoch_ms = epoch_ms.to_string();
-        // The least that it may be is for guests that speak; these don't.
-        let options = [
+        let own = [
             "--peer",
             &self.peer,
             "--qmp",
@@ -193,7 +192,12 @@ impl Stage {
             "--epoch-ms",
             &epoch_ms,
         ];
-        let mut primary = Daemon::start(dir, "primary", &options.map(str::to_owned))?;
+        let options: Vec<_> = PATIENT
+            .iter()
+            .chain(&own)
+            .map(|&it| it.to_owned())
+            .collect();
+        let mut primary = Daemon::start(dir, "primary", &options)?;
         primary
             .wait_event("synced", PATIENCE)
             .with_context(|| format!("the guest's QEMU has said: {}", self.guest.said()))?;
