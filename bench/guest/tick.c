@@ -5,6 +5,9 @@
  * It is process 1 of an initramfs. Arguments are the kernel's command line; of interest are
  *   workload_pages=N   pages to write every 20 ms (default 900)
  *   say_every=N        broadcast the counter on eth0, by UDP, every N counts (default 0: never)
+ *   job=cpu|memory     works without a break beside that, and counts what it has done in the 64-bit
+ *                      number behind the counter: `cpu` only computes, `memory` writes at random in
+ *                      64 MiB
  * and what arrives on the console: `r` reboots, `p` powers off, `c` panics.
  *
  * Output on the console:
@@ -29,10 +32,15 @@
 #include <unistd.h>
 
 #define PAGE 4096
-/* More pages than one round writes, so that each round writes other ones. */
-#define POOL_PAGES 8192
+/* At least so many, and twice what one round writes, so that each round writes other ones. */
+#define POOL_PAGES_MIN 8192
+#define WORKLOAD_PAGES_MAX 16384
 #define ROUND_NS 20000000L
 #define TICK_NS 1000000L
+#define JOB_PAGES 16384
+/* Of one piece of work. */
+#define JOB_STEPS 20000
+#define JOB_WRITES 200
 
 static uint64_t now_ns(void)
 {
@@ -44,7 +52,7 @@ static uint64_t now_ns(void)
 static unsigned char *pages(size_t count)
 {
     unsigned char *memory = mmap(NULL, count * PAGE, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_LOCKED | MAP_POPULATE, -1, 0);
+                                 MAP_SHARED | MAP_ANONYMOUS | MAP_LOCKED | MAP_POPULATE, -1, 0);
     if (memory == MAP_FAILED) {
         perror("mmap");
         exit(1);
@@ -101,6 +109,22 @@ static void say(int fd, uint64_t tick)
         return;
 }
 
+/* Works until the machine ends. */
+static void job(const char *kind, volatile uint64_t *done)
+{
+    uint64_t *memory = strcmp(kind, "memory") ? NULL : (uint64_t *)pages(JOB_PAGES);
+    uint64_t x = 88172645463325252u;
+    for (;;) {
+        for (int step = 0; step < JOB_STEPS; step++) {
+            x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+            if (memory && step % (JOB_STEPS / JOB_WRITES) == 0)
+                memory[x % (JOB_PAGES * PAGE / sizeof(x))] = x;
+        }
+        /* The result is used, or the compiler would leave the work out. */
+        *done += 1 + (x == 0);
+    }
+}
+
 static void command(char letter)
 {
     if (letter == 'r')
@@ -114,14 +138,18 @@ static void command(char letter)
 int main(int argc, char **argv)
 {
     unsigned long workload = 900, say_every = 0;
+    const char *work = NULL;
     for (int i = 1; i < argc; i++) {
         if (!strncmp(argv[i], "workload_pages=", 15))
             workload = strtoul(argv[i] + 15, NULL, 10);
         if (!strncmp(argv[i], "say_every=", 10))
             say_every = strtoul(argv[i] + 10, NULL, 10);
+        if (!strncmp(argv[i], "job=", 4))
+            work = argv[i] + 4;
     }
-    if (workload > POOL_PAGES)
-        workload = POOL_PAGES;
+    if (workload > WORKLOAD_PAGES_MAX)
+        workload = WORKLOAD_PAGES_MAX;
+    size_t pool_pages = 2 * workload > POOL_PAGES_MIN ? 2 * workload : POOL_PAGES_MIN;
 
     int console = open("/dev/console", O_RDWR | O_NONBLOCK);
     if (console >= 0) {
@@ -132,9 +160,11 @@ int main(int argc, char **argv)
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     volatile uint64_t *tick = (volatile uint64_t *)pages(1);
-    unsigned char *pool = pages(POOL_PAGES);
+    unsigned char *pool = pages(pool_pages);
     int network = say_every ? broadcaster() : -1;
     *tick = 1;
+    if (work && fork() == 0)
+        job(work, tick + 1);
     printf("TICKPAGE gpa=0x%llx\n", (unsigned long long)physical_address((void *)tick));
 
     uint64_t next_tick = now_ns(), next_round = next_tick, said = next_tick;
@@ -153,7 +183,7 @@ int main(int argc, char **argv)
             next_round += ROUND_NS;
             if (next_round < now)
                 next_round = now; /* paused for long: no catching up */
-            for (unsigned long i = 0; i < workload; i++, at = (at + 1) % POOL_PAGES)
+            for (unsigned long i = 0; i < workload; i++, at = (at + 1) % pool_pages)
                 *(volatile uint64_t *)(pool + at * PAGE + 64 * (at % 60)) = now ^ *tick;
         }
         if (now - said >= 1000000000u) {

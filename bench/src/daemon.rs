@@ -1,9 +1,10 @@
 //! The daemons of the product, and their event logs.
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
 use crate::cache;
@@ -96,6 +97,25 @@ impl Daemon {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Says something to it as an operator: `detach`, `switchover`, …
+    ///
+    /// # Errors
+    /// It refuses: with what it says.
+    pub fn operate(&self, what: &str) -> Result<Output> {
+        let output = Command::new(cache::program()?)
+            .arg(what)
+            .arg("--control")
+            .arg(&self.control)
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(
+            output.status.success(),
+            "{what} ended with {}: {said}",
+            output.status
+        );
+        Ok(output)
     }
 
     /// Numbers of one field of all events of a kind.

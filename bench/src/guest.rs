@@ -28,6 +28,8 @@ pub struct Guest {
     pub workload_pages: u32,
     /// Broadcast the counter every so many counts; 0 is never.
     pub say_every: u32,
+    /// Work without a break beside that: `cpu` or `memory`.
+    pub job: Option<&'static str>,
     /// A Linux guest's network cards.
     pub nics: u32,
     /// Where the first one's packets go, one UDP datagram on loopback for each; nowhere without.
@@ -50,6 +52,7 @@ impl Guest {
             work: Work::Tick,
             workload_pages: 900,
             say_every: 0,
+            job: None,
             nics: 1,
             listener: None,
             vga: false,
@@ -92,8 +95,9 @@ impl Guest {
                     cache::tick_initramfs()?.display().to_string(),
                 ]);
                 line.push("-append".into());
+                let job = self.job.map_or(String::new(), |job| format!(" job={job}"));
                 line.push(format!(
-                    "console=ttyS0 quiet panic=-1 workload_pages={} say_every={}",
+                    "console=ttyS0 quiet panic=-1 workload_pages={} say_every={}{job}",
                     self.workload_pages, self.say_every
                 ));
             }
@@ -125,15 +129,27 @@ impl Guest {
     /// # Errors
     /// It can't be started.
     pub fn start(&self, dir: &Path, role: &str, standby: bool) -> Result<Process> {
+        let mut line = self.line(dir, role, "memory-backend-memfd,share=on", standby)?;
+        if standby {
+            line.extend(words(
+                "-incoming defer -S -global migration.send-configuration=off",
+            ));
+        }
+        Process::start(dir, role, &self.qemu, &line)
+    }
+
+    /// The command line of a QEMU with its sockets in `dir`, on RAM of this backend. With `plain`
+    /// it takes a migration stream that says nothing of the machine.
+    ///
+    /// # Errors
+    /// The cache folder is not set up.
+    pub fn line(&self, dir: &Path, role: &str, backend: &str, plain: bool) -> Result<Vec<String>> {
         let mut line = words("-machine");
-        let plain = if standby { ",suppress-vmdesc=on" } else { "" };
+        let plain = if plain { ",suppress-vmdesc=on" } else { "" };
         line.push(format!("{},memory-backend=ram{plain}", self.machine));
         line.extend(self.visible()?);
         line.push("-object".into());
-        line.push(format!(
-            "memory-backend-memfd,id=ram,size={}M,share=on",
-            self.ram_mib
-        ));
+        line.push(format!("{backend},id=ram,size={}M", self.ram_mib));
         for (n, name) in ["qmp", "test"].into_iter().enumerate() {
             let _ = n;
             line.push("-qmp".into());
@@ -148,12 +164,7 @@ impl Guest {
             dir.display(),
             dir.display()
         ));
-        if standby {
-            line.extend(words(
-                "-incoming defer -S -global migration.send-configuration=off",
-            ));
-        }
-        Process::start(dir, role, &self.qemu, &line)
+        Ok(line)
     }
 }
 

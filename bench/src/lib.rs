@@ -9,6 +9,7 @@ pub mod guest;
 pub mod kill;
 pub mod lab;
 pub mod listener;
+pub mod measure;
 pub mod memory;
 pub mod pair;
 pub mod process;

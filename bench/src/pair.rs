@@ -277,14 +277,21 @@ fn tick(memory: &Memory, page: &TickPage) -> Option<u64> {
     memory.read_u64(page).ok()
 }
 
-fn open_memory(dir: &Path, role: &str, qemu: &Process) -> Result<Memory> {
+/// The memory of the QEMU that [`Guest::start`] has started.
+///
+/// # Errors
+/// It has ended, or its main RAM is not found.
+pub fn open_memory(dir: &Path, role: &str, qemu: &Process) -> Result<Memory> {
     let mut qmp = Qmp::connect(&dir.join(format!("{role}.test")))
         .with_context(|| format!("the {role}'s QEMU said: {}", qemu.said()))?;
     Memory::open(qemu.pid(), &qmp.human("info ramblock")?)
 }
 
-/// Where the guest says that its counter is.
-fn wait_tick_page(console: &Path) -> Result<u64> {
+/// Where a Linux guest says that its counter is, once it counts.
+///
+/// # Errors
+/// It does not boot.
+pub fn wait_tick_page(console: &Path) -> Result<u64> {
     let deadline = Instant::now() + BOOT_PATIENCE;
     loop {
         let said = std::fs::read_to_string(console).unwrap_or_default();

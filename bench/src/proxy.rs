@@ -22,7 +22,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use serde_json::{Value, json};
 
 /// Of every so many boundaries one is followed by the same commands without a harvest.
-const FLOOR_EVERY: u64 = 8;
+const FLOOR_EVERY: u64 = 3;
 /// Of the guests that floors are measured with.
 const NETDEV: &str = "n0";
 /// After the daemon's `cont`, so that both kinds of pause meet the same guest.

@@ -1,5 +1,6 @@
 //! The smallest QMP client: for set-up and questions, on a socket of the tests' own.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -8,9 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+/// Events that wait for somebody to ask; later ones are dropped.
+const EVENTS_KEPT: usize = 256;
+
 #[derive(Debug)]
 pub struct Qmp {
     reader: BufReader<UnixStream>,
+    /// Came while something else was waited for.
+    events: VecDeque<Value>,
 }
 
 impl Qmp {
@@ -32,6 +38,7 @@ impl Qmp {
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         let mut qmp = Qmp {
             reader: BufReader::new(stream),
+            events: VecDeque::new(),
         };
         qmp.line()?;
         qmp.call("qmp_capabilities", json!({}))?;
@@ -53,6 +60,21 @@ impl Qmp {
             if let Some(value) = reply.get("return") {
                 return Ok(value.clone());
             }
+            if reply.get("event").is_some() {
+                self.events.truncate(EVENTS_KEPT - 1);
+                self.events.push_back(reply);
+            }
+        }
+    }
+
+    /// The next event, also one that came before the last reply.
+    ///
+    /// # Errors
+    /// None comes in ten seconds, or QEMU is gone.
+    pub fn event(&mut self) -> Result<Value> {
+        match self.events.pop_front() {
+            Some(event) => Ok(event),
+            None => self.line(),
         }
     }
 

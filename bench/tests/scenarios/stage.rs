@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -238,18 +238,7 @@ pub(crate) fn exit_code(daemon: &mut Daemon) -> Result<i32> {
 
 /// Says something to a daemon, as an operator.
 pub(crate) fn operate(daemon: &Daemon, what: &str) -> Result<Output> {
-    let output = Command::new(cache::program()?)
-        .arg(what)
-        .arg("--control")
-        .arg(&daemon.control)
-        .output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(
-        output.status.success(),
-        "{what} ended with {}: {said}",
-        output.status
-    );
-    Ok(output)
+    daemon.operate(what)
 }
 
 pub(crate) fn run_state(qmp: &mut Qmp) -> Result<String> {
