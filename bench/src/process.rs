@@ -2,11 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -31,11 +33,18 @@ impl Process {
     ) -> Result<Process> {
         let log = dir.join(format!("{name}.log"));
         let output = File::create(&log).with_context(|| format!("making {}", log.display()))?;
-        let child = Command::new(program.as_ref())
+        let mut command = Command::new(program.as_ref());
+        command
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
-            .stderr(output)
+            .stderr(output);
+        // SAFETY: between fork and exec only this one system call is made.
+        unsafe {
+            // Also a test that is killed leaves nothing behind.
+            command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?));
+        }
+        let child = command
             .spawn()
             .with_context(|| format!("starting {}", program.as_ref().to_string_lossy()))?;
         Ok(Process {

@@ -211,6 +211,7 @@ impl Driver {
             self.parts.machine.handle_timeout(now);
         }
         self.parts.qemu.on_time(now);
+        self.greet_for_frozen();
         self.parts.events.on_time(now);
         if self
             .connector
@@ -314,19 +315,32 @@ impl Driver {
         self.next_proof = Some(ProofLane::new(lane).context("copying the proof lane")?);
         self.parts.qemu.hold_proof(lane)?;
         self.arriving = Some(link);
+        self.greet_for_frozen();
         Ok(())
     }
 
     fn on_proof_held(&mut self, result: Result<(), String>) {
-        let Some(link) = self.arriving.take() else {
-            return;
-        };
         match result {
-            Ok(()) => {
-                self.link = Some(link);
-                self.input(Input::LinkUp);
+            Ok(()) => self.greet(),
+            Err(text) => {
+                self.arriving = None;
+                self.input(broken(format!("QEMU refused the proof lane: {text}")));
             }
-            Err(text) => self.input(broken(format!("QEMU refused the proof lane: {text}"))),
+        }
+    }
+
+    /// A QEMU that is frozen can't take its copy before it is thawed. It can't run its guest either,
+    /// and the guardian ends it if we die; but only a hello can tell that the backup has taken over.
+    fn greet_for_frozen(&mut self) {
+        if self.parts.qemu.is_frozen() {
+            self.greet();
+        }
+    }
+
+    fn greet(&mut self) {
+        if let Some(link) = self.arriving.take() {
+            self.link = Some(link);
+            self.input(Input::LinkUp);
         }
     }
 

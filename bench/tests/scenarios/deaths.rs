@@ -1,6 +1,7 @@
 //! Everything that can die, or seem dead.
 
 use anyhow::{Result, ensure};
+use bench::pair::Pair;
 use nix::sys::signal::Signal;
 
 use crate::on_both_qemus;
@@ -11,6 +12,7 @@ on_both_qemus! {
     only_qemu_is_killed,
     only_the_daemon_is_killed,
     frozen_daemon_ends_its_guest,
+    frozen_qemu_waits_for_the_backups_word,
     host_is_killed_while_ram_is_compared,
 }
 
@@ -79,6 +81,34 @@ fn frozen_daemon_ends_its_guest(stage: &Stage) -> Result<()> {
     );
     ensure!(pair.guest.wait(PATIENCE)?.is_some(), "two guests run");
     pair.wait_ticking(10, PATIENCE)
+}
+
+/// A QEMU that can't even stop its guest is frozen; what becomes of it is the backup's to say: it goes
+/// on if the backup has only been silent, and is ended if that has taken over.
+fn frozen_qemu_waits_for_the_backups_word(stage: &Stage) -> Result<()> {
+    let mut setup = stage.boot_sector()?;
+    setup.options = ["--failover-after-ms", "2000"].map(str::to_owned).to_vec();
+    // The relay knows an epoch's number also after one was given up.
+    let mut pair = Pair::start_relayed(stage.dir(), &setup)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.guest.signal(Signal::SIGSTOP)?;
+    pair.backup.process.signal(Signal::SIGSTOP)?;
+    pair.primary.wait_event("fenced", PATIENCE)?;
+    pair.backup.process.signal(Signal::SIGCONT)?;
+    pair.primary.wait_event("unfenced", PATIENCE)?;
+    wait_epochs(&mut pair.primary, 10)?;
+
+    pair.guest.signal(Signal::SIGSTOP)?;
+    pair.primary.process.signal(Signal::SIGSTOP)?;
+    check_survivor(&mut pair)?;
+    pair.primary.process.signal(Signal::SIGCONT)?;
+    let code = exit_code(&mut pair.primary)?;
+    ensure!(
+        code == 4,
+        "the primary's daemon ended with {code}, not 4 (failed over)"
+    );
+    ensure!(pair.guest.wait(PATIENCE)?.is_some(), "two guests run");
+    Ok(())
 }
 
 fn host_is_killed_while_ram_is_compared(stage: &Stage) -> Result<()> {

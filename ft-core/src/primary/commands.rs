@@ -35,7 +35,17 @@ impl Commands {
     pub(super) fn replied(&mut self, kind: Kind) -> bool {
         let place = self.sent.iter().position(|(k, _)| *k == kind);
         let done = place.and_then(|place| self.sent.drain(..=place).next_back());
-        done.is_some_and(|(_, event)| event)
+        match done {
+            Some((Kind::Stop, false)) => self.take_from_fence(),
+            done => done.is_some_and(|(_, event)| event),
+        }
+    }
+
+    /// A fence that was sent after a `stop` can't have had its event before the reply to the `stop`:
+    /// it was the `stop`'s. Whether there was one.
+    fn take_from_fence(&mut self) -> bool {
+        let claimed = self.sent.iter_mut().find(|it| **it == (Kind::Fence, true));
+        claimed.map(|(_, event)| *event = false).is_some()
     }
 
     /// A STOP event; whether it is of one of our commands.
@@ -97,6 +107,19 @@ mod tests {
         assert!(commands.resumed());
         commands.replied(Kind::Cont);
         assert!(!commands.stopped());
+    }
+
+    #[test]
+    fn the_event_of_a_stop_is_not_that_of_a_fence_behind_it() {
+        let mut commands = Commands::default();
+        commands.sent(Kind::Stop);
+        commands.sent(Kind::Fence);
+        assert!(commands.stopped());
+        assert!(commands.replied(Kind::Stop));
+        commands.sent(Kind::Cont);
+        assert!(commands.resumed());
+        commands.replied(Kind::Cont);
+        assert!(!commands.stopped()); // an operator's
     }
 
     #[test]

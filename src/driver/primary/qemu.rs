@@ -242,6 +242,11 @@ impl Qemu {
         kill(Pid::from_raw(self.process.pid()), signal)
     }
 
+    /// A fence had to freeze the process.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
     /// Lets a QEMU that a fence has frozen carry out its commands again.
     pub(super) fn thaw(&mut self) {
         self.fence_until = None;
