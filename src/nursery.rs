@@ -10,7 +10,8 @@ use ft_core::shape::MAIN_RAM;
 use qemu_bridge::blocks::{Backing, RamBlock, ram_blocks, ram_blocks_of_copy};
 use qemu_bridge::qmp::Qmp;
 use qemu_bridge::spawn::{
-    GuestOutput, Prepared, QemuProcess, QemuVersion, RamSource, Role, SpawnOptions, prepare,
+    GuestOutput, Prepared, Purpose, QemuProcess, QemuVersion, RamSource, Role, SpawnOptions,
+    cut_off, prepare,
 };
 use qemu_bridge::standby::prepare_standby;
 
@@ -149,7 +150,7 @@ impl Nursery {
     /// # Errors
     /// QEMU does not take the line.
     pub(crate) fn trial(&mut self) -> anyhow::Result<Born> {
-        let mut argv = qemu_bridge::spawn::cut_off(&self.argv);
+        let mut argv = cut_off(&self.argv, Purpose::Ask);
         // Disks are looked at as they are; nothing runs that could write them.
         argv.retain(|word| word != "-snapshot");
         argv.push("-S".to_owned());
@@ -186,8 +187,7 @@ impl Nursery {
             .context("there is no RAM to rehearse on")?;
         let ram = ram.try_clone().context("copying the RAM's descriptor")?;
         let all = std::mem::take(&mut self.argv);
-        let cut_off = qemu_bridge::spawn::cut_off(&all);
-        self.argv = cut_off;
+        self.argv = cut_off(&all, Purpose::Load);
         let prepared = self.prepare(Role::Backup, RamSource::PrivateCopy(ram.as_fd()));
         self.argv = all;
         let Born { process, mut qmp } = self.start(&prepared?, GuestOutput::Discard, true)?;

@@ -56,6 +56,14 @@ pub fn lab(name: &str) -> Result<PathBuf> {
     cached(&format!("lab/{name}")).context("run scripts/setup lab")
 }
 
+/// What `scripts/setup transparency` has put at NAME.
+///
+/// # Errors
+/// It has not run.
+pub fn database_guest(name: &str) -> Result<PathBuf> {
+    cached(name).context("run scripts/setup transparency")
+}
+
 /// The program under test: `CURLING_RDMA`, or the one that was built beside this one.
 ///
 /// # Errors

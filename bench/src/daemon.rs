@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::cache;
@@ -24,6 +24,36 @@ impl Daemon {
     /// # Errors
     /// It can't be started.
     pub fn start(dir: &Path, mode: &str, arguments: &[String]) -> Result<Daemon> {
+        let state = dir.join(format!("{mode}.state"));
+        Daemon::start_by(dir, mode, &state, arguments, |name, program, line| {
+            Process::start(dir, name, program, line)
+        })
+    }
+
+    /// Starts a daemon on a host that is a network namespace, with the host's memory of terms in
+    /// `state`.
+    ///
+    /// # Errors
+    /// It can't be started.
+    pub fn start_inside(
+        namespace: &str,
+        dir: &Path,
+        mode: &str,
+        state: &Path,
+        arguments: &[String],
+    ) -> Result<Daemon> {
+        Daemon::start_by(dir, mode, state, arguments, |name, program, line| {
+            Process::start_inside(namespace, dir, name, program, line)
+        })
+    }
+
+    fn start_by(
+        dir: &Path,
+        mode: &str,
+        state: &Path,
+        arguments: &[String],
+        start: impl FnOnce(&str, PathBuf, &[String]) -> Result<Process>,
+    ) -> Result<Daemon> {
         let place = |what: &str| dir.join(format!("{mode}.{what}"));
         let (control, events) = (place("control"), place("events"));
         let mut line = vec![
@@ -33,19 +63,34 @@ impl Daemon {
             "test".into(),
         ];
         let files = [
-            ("--control", &control),
+            ("--control", control.as_path()),
             ("--events", &events),
-            ("--state-dir", &place("state")),
+            ("--state-dir", state),
         ];
         for (option, path) in files {
             line.extend([option.to_owned(), path.display().to_string()]);
         }
         line.extend_from_slice(arguments);
-        let process = Process::start(dir, &format!("{mode}-daemon"), cache::program()?, &line)?;
+        let process = start(&format!("{mode}-daemon"), cache::program()?, &line)?;
         Ok(Daemon {
             process,
             control,
             events,
+        })
+    }
+
+    /// What `curling-rdma status --json` says of it.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn status(&self) -> Result<Value> {
+        let output = Command::new(cache::program()?)
+            .args(["status", "--json", "--control"])
+            .arg(&self.control)
+            .output()?;
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            let said = String::from_utf8_lossy(&output.stderr);
+            format!("{} has no status: {said}", self.process.name)
         })
     }
 

@@ -5,6 +5,7 @@
 
 pub mod cache;
 pub mod daemon;
+pub mod draw;
 pub mod guest;
 pub mod kill;
 pub mod lab;
@@ -17,3 +18,4 @@ pub mod proxy;
 pub mod qmp;
 pub mod relay;
 pub mod report;
+pub mod transparency;

@@ -54,6 +54,24 @@ impl Process {
         })
     }
 
+    /// The same in a network namespace.
+    ///
+    /// # Errors
+    /// It can't be started.
+    pub fn start_inside(
+        namespace: &str,
+        dir: &Path,
+        name: &str,
+        program: impl AsRef<OsStr>,
+        arguments: &[String],
+    ) -> Result<Process> {
+        // It becomes the program: the process is the same.
+        let mut line = ["netns", "exec", namespace].map(str::to_owned).to_vec();
+        line.push(program.as_ref().to_string_lossy().into_owned());
+        line.extend_from_slice(arguments);
+        Process::start(dir, name, "ip", &line)
+    }
+
     pub fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(i32::MAX))
     }

@@ -10,7 +10,7 @@ use qemu_bridge::blocks::parse_listing;
 use qemu_bridge::device_state::sections;
 use qemu_bridge::qmp::{CodecError, Decoder, Message};
 use qemu_bridge::shape::parse_network;
-use qemu_bridge::spawn::{cut_off, find_collisions, parse_options};
+use qemu_bridge::spawn::{Purpose, cut_off, find_collisions, parse_options};
 
 const SESSION: &str = concat!(
     r#"{"QMP":{"version":{"qemu":{"micro":22,"minor":2,"major":7},"package":"x"},"capabilities":["oob"]}}"#,
@@ -145,7 +145,7 @@ fn command_line() {
             let once_more = qemu_bridge::spawn::QemuOption::new("x", &text).keys("first");
             assert_eq!(once_more.to_text("first"), text, "{option:?}");
         }
-        cut_off(&cut_off(&argv));
+        cut_off(&cut_off(&argv, Purpose::Ask), Purpose::Load);
         // Looks at real ports and processes, so not each time.
         if dice.below(200) == 0 {
             find_collisions(&argv);

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use bench::draw::Draw;
 use bench::guest::{Guest, Work};
 use bench::kill::{Kill, Phase, kill_in, resident_kib};
 use bench::listener::Listener;
@@ -99,7 +100,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut outcomes = Vec::new();
     for number in 0..arguments.kills {
         let aim = Phase::rarest(&hit);
-        let outcome = kill_once(arguments, aim, draw.next())
+        let outcome = kill_once(arguments, aim, draw.number())
             .with_context(|| format!("kill {number} of --seed {} ({aim})", arguments.seed))?;
         eprintln!(
             "soak: kill {number:3} {:10} {:6.1} ms {}",
@@ -340,16 +341,4 @@ fn check(arguments: &Arguments, hit: &[Phase], outcomes: &[Outcome]) -> Result<(
         }
     }
     Ok(())
-}
-
-/// Numbers that look random and are the same for the same seed (splitmix64).
-struct Draw(u64);
-
-impl Draw {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
 }

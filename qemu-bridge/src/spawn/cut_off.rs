@@ -1,4 +1,4 @@
-//! The command line of a rehearsal: the same machine, with no way to the host or a network.
+//! The command line of a throw-away QEMU: the same machine, with no way to the host or a network.
 
 use super::options::{Keys, QemuOption, escape_commas, parse_options};
 
@@ -18,14 +18,26 @@ const DROPPED: [&str; 12] = [
     "incoming",
 ];
 
+/// What a throw-away QEMU is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be asked about the machine. Needs no privilege.
+    Ask,
+    /// To load the guest's state. A NIC's features, and so its state, depend on what its netdev can
+    /// do (`virtio-net: saved image requires vnet_hdr=on`), so a tap stays a tap: a new one that
+    /// belongs to no bridge and is down. It goes with the QEMU, and to make it takes CAP_NET_ADMIN.
+    Load,
+}
+
 /// Makes a command line safe to run beside the VM itself: consoles and character devices go
 /// nowhere, networks are restricted to themselves, disks are not written, the main RAM is left
 /// for the caller to add.
-pub fn cut_off(argv: &[String]) -> Vec<String> {
+pub fn cut_off(argv: &[String], purpose: Purpose) -> Vec<String> {
     let Some((program, words)) = argv.split_first() else {
         return Vec::new();
     };
-    let mut options: Vec<QemuOption> = parse_options(words).into_iter().filter_map(cut).collect();
+    let options = parse_options(words).into_iter();
+    let mut options: Vec<QemuOption> = options.filter_map(|o| cut(o, purpose)).collect();
     options.push(QemuOption::new("display", "none"));
     options.push(QemuOption::flag("snapshot"));
     let words = options.iter().flat_map(QemuOption::words);
@@ -33,7 +45,7 @@ pub fn cut_off(argv: &[String]) -> Vec<String> {
 }
 
 /// What becomes of one option.
-fn cut(option: QemuOption) -> Option<QemuOption> {
+fn cut(option: QemuOption, purpose: Purpose) -> Option<QemuOption> {
     if DROPPED.contains(&option.name.as_str()) {
         return None;
     }
@@ -44,13 +56,14 @@ fn cut(option: QemuOption) -> Option<QemuOption> {
             "chardev",
             &format!("null,id={}", id(&option.keys("backend"))),
         ),
-        "netdev" => QemuOption::new(
-            "netdev",
-            &format!("user,id={},restrict=on", id(&option.keys("type"))),
-        ),
-        "nic" => cut_nic(&option.keys("type")),
+        "netdev" => {
+            let keys = option.keys("type");
+            let netdev = format!("{},id={}", backend(&keys, purpose), id(&keys));
+            QemuOption::new("netdev", &netdev)
+        }
+        "nic" => cut_nic(&option.keys("type"), purpose),
         "net" if option.keys("type").get("type") != Some("nic") => {
-            QemuOption::new("net", "user,restrict=on")
+            QemuOption::new("net", &backend(&option.keys("type"), purpose))
         }
         "machine" | "M" => {
             let mut keys = option.keys("type");
@@ -74,7 +87,7 @@ fn cut(option: QemuOption) -> Option<QemuOption> {
 }
 
 /// A NIC in one word with its netdev: what the guest sees of it stays.
-fn cut_nic(keys: &Keys) -> QemuOption {
+fn cut_nic(keys: &Keys, purpose: Purpose) -> QemuOption {
     if keys.get("type") == Some("none") {
         return QemuOption::new("nic", "none");
     }
@@ -83,7 +96,20 @@ fn cut_nic(keys: &Keys) -> QemuOption {
         .iter()
         .filter_map(|key| Some(format!(",{key}={}", escape_commas(keys.get(key)?))));
     let kept: String = kept.collect();
-    QemuOption::new("nic", &format!("user,restrict=on{kept}"))
+    let backend = backend(keys, purpose);
+    QemuOption::new("nic", &format!("{backend}{kept}"))
+}
+
+/// A network that nobody else is in, of the same kind as far as the guest can tell.
+fn backend(keys: &Keys, purpose: Purpose) -> String {
+    let is_tap = matches!(keys.get("type"), Some("tap" | "bridge"));
+    if purpose == Purpose::Ask || !is_tap {
+        return "user,restrict=on".to_owned();
+    }
+    let queues = keys
+        .get("queues")
+        .map(|queues| format!(",queues={}", escape_commas(queues)));
+    format!("tap,script=no,downscript=no{}", queues.unwrap_or_default())
 }
 
 fn id(keys: &Keys) -> String {
@@ -94,9 +120,9 @@ fn id(keys: &Keys) -> String {
 mod tests {
     use super::*;
 
-    fn cut_line(line: &str) -> String {
+    fn cut_line(line: &str, purpose: Purpose) -> String {
         let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        cut_off(&words).join(" ")
+        cut_off(&words, purpose).join(" ")
     }
 
     #[test]
@@ -113,7 +139,7 @@ mod tests {
             ),
             (
                 "-netdev tap,id=n0,ifname=t",
-                "-netdev user,id=n0,restrict=on",
+                "-netdev user,restrict=on,id=n0",
             ),
             (
                 "-serial file:x -monitor stdio -qmp unix:q,server=on -vnc :1",
@@ -135,7 +161,41 @@ mod tests {
         ];
         for (line, expected) in cases {
             let expected = format!("qemu {expected} -display none -snapshot");
-            assert_eq!(cut_line(&format!("qemu {line}")), expected);
+            assert_eq!(cut_line(&format!("qemu {line}"), Purpose::Ask), expected);
+        }
+    }
+
+    #[test]
+    fn tap_stays_a_tap_for_a_load_and_leads_nowhere() {
+        let cases = [
+            (
+                "-netdev tap,id=n0,ifname=t,vhost=on",
+                "-netdev tap,script=no,downscript=no,id=n0",
+            ),
+            (
+                "-netdev bridge,id=n0,br=b",
+                "-netdev tap,script=no,downscript=no,id=n0",
+            ),
+            (
+                "-netdev tap,id=n0,queues=4",
+                "-netdev tap,script=no,downscript=no,queues=4,id=n0",
+            ),
+            (
+                "-nic tap,ifname=t,mac=1:2",
+                "-nic tap,script=no,downscript=no,mac=1:2",
+            ),
+            (
+                "-net nic -net tap,ifname=t",
+                "-net nic -net tap,script=no,downscript=no",
+            ),
+            (
+                "-netdev user,id=n0,hostfwd=x",
+                "-netdev user,restrict=on,id=n0",
+            ),
+        ];
+        for (line, expected) in cases {
+            let expected = format!("qemu {expected} -display none -snapshot");
+            assert_eq!(cut_line(&format!("qemu {line}"), Purpose::Load), expected);
         }
     }
 }

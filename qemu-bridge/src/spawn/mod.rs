@@ -11,7 +11,7 @@ pub use collisions::find_collisions;
 pub use command::{
     Added, CommandError, OLDEST_QEMU, Prepared, RamSource, Role, prepare, shell_quote,
 };
-pub use cut_off::cut_off;
+pub use cut_off::{Purpose, cut_off};
 pub use options::{Keys, QemuOption, parse_options};
 pub(crate) use process::kill_by_pidfd;
 pub use process::{GuestOutput, ProcessError, QemuProcess, SpawnOptions};
