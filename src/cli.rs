@@ -130,8 +130,9 @@ pub(crate) struct Options {
     /// 2000].
     #[arg(long, value_name = "MS")]
     pub(crate) max_unacked_ms: Option<u64>,
-    /// Primary: how writes to guest RAM are seen. `uffd` needs Linux 6.7 and ptrace, `compare`
-    /// needs nothing and reads all of RAM in each epoch [default: auto].
+    /// Primary: how writes to guest RAM are seen. `uffd` needs Linux 6.7 and ptrace,
+    /// `soft-dirty` an older kernel with CONFIG_MEM_SOFT_DIRTY, `compare` nothing: it reads all of
+    /// RAM in each epoch. `auto` takes the first of them that works [default: auto].
     #[arg(long, value_enum)]
     pub(crate) tracker: Option<TrackerName>,
     /// Primary: at every Nth boundary hash all of RAM and compare it with the backup's; 0 is never
@@ -210,10 +211,11 @@ pub(crate) enum OnBackupLossName {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum TrackerName {
     Auto,
     Uffd,
+    SoftDirty,
     Compare,
 }
 

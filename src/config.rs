@@ -218,6 +218,7 @@ impl Settings {
             max_unacked: times.max_unacked,
             tracker: match options.tracker {
                 Some(TrackerName::Uffd) => TrackerChoice::Uffd,
+                Some(TrackerName::SoftDirty) => TrackerChoice::SoftDirty,
                 Some(TrackerName::Compare) => TrackerChoice::Compare,
                 Some(TrackerName::Auto) | None => TrackerChoice::Auto,
             },

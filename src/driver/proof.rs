@@ -10,6 +10,9 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use qemu_bridge::qmp::{Command, Qmp, QmpError, RequestId};
 
+/// Of `tcpi_state` (include/net/tcp_states.h).
+const TCP_CLOSE_WAIT: u8 = 8;
+
 /// What the proof lane says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Proof {
@@ -40,11 +43,34 @@ impl ProofLane {
         let mut byte = [0];
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
         match recv(self.fd.as_raw_fd(), &mut byte, flags) {
-            Ok(0) => Proof::Dead,
+            Ok(0) if self.got_fin() => Proof::Dead,
+            Ok(0) => Proof::Broken("the proof lane ended without a FIN".to_owned()),
             Ok(_) => Proof::Broken("the proof lane carries bytes".to_owned()),
             Err(Errno::EAGAIN | Errno::EINTR) => Proof::Silent,
             Err(error) => Proof::Broken(format!("proof lane: {error}")),
         }
+    }
+
+    /// Whether the peer's FIN has come. The end of the stream alone does not tell: the kernel gives
+    /// out a reset or a time-out once, to whichever copy of the descriptor is asked first (the link
+    /// has one as well), and says "end" to all that ask later (`tcp_recvmsg_locked`,
+    /// net/ipv4/tcp.c). Only a FIN leads to CLOSE_WAIT; they lead to CLOSE.
+    fn got_fin(&self) -> bool {
+        let mut state = 0_u8;
+        let mut length = 1;
+        // SAFETY: the descriptor is open as long as `self`. The kernel writes at most `length`
+        // bytes to `state`, which is as long and lives through the call: the first field of
+        // `struct tcp_info`, tcpi_state.
+        let result = unsafe {
+            libc::getsockopt(
+                self.fd.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                (&raw mut state).cast(),
+                &raw mut length,
+            )
+        };
+        result == 0 && length == 1 && state == TCP_CLOSE_WAIT
     }
 }
 
@@ -85,5 +111,51 @@ impl HeldProofs {
     pub(crate) fn drop_all(&mut self) -> Vec<Command> {
         let close = |name: String| Command::new("closefd").arg("fdname", name);
         self.names.drain(..).map(close).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::sys::socket::{setsockopt, sockopt};
+
+    use super::*;
+
+    fn pair() -> (ProofLane, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (theirs, _) = listener.accept().unwrap();
+        (ProofLane::new(ours.as_fd()).unwrap(), theirs)
+    }
+
+    fn wait(lane: &ProofLane) {
+        let mut fds = [PollFd::new(lane.fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, PollTimeout::from(30_000_u16)), Ok(1));
+    }
+
+    #[test]
+    fn a_fin_is_proof_however_often_it_is_read() {
+        let (lane, theirs) = pair();
+        assert_eq!(lane.read(), Proof::Silent);
+        drop(theirs);
+        wait(&lane);
+        assert_eq!(lane.read(), Proof::Dead);
+        assert_eq!(lane.read(), Proof::Dead);
+    }
+
+    #[test]
+    fn a_reset_is_none_even_if_another_copy_was_told_of_it() {
+        let (lane, theirs) = pair();
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        setsockopt(&theirs, sockopt::Linger, &linger).unwrap();
+        drop(theirs);
+        wait(&lane);
+        assert!(matches!(lane.read(), Proof::Broken(_)));
+        assert!(matches!(lane.read(), Proof::Broken(_)));
     }
 }

@@ -7,7 +7,7 @@ use super::BlocksError;
 
 /// One line range of `/proc/PID/smaps`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     pub start: u64,
     pub end: u64,
     pub writable: bool,
@@ -21,6 +21,12 @@ pub(super) struct Mapping {
     pub path: String,
     /// `MADV_DONTFORK` was set, as QEMU does for every RAM block.
     pub dont_fork: bool,
+    /// `mlock` or the like: never swapped out.
+    pub locked: bool,
+    /// `MADV_MERGEABLE`: KSM may share its pages.
+    pub mergeable: bool,
+    /// It has transparent huge pages of a file, or may get some.
+    pub huge_allowed: bool,
 }
 
 impl Mapping {
@@ -30,6 +36,25 @@ impl Mapping {
 
     pub(super) fn bytes(&self) -> u64 {
         self.end - self.start
+    }
+
+    /// One of the lines behind the first (`Documentation/filesystems/proc.rst`).
+    fn note_detail(&mut self, line: &str) {
+        let Some((name, value)) = line.split_once(':') else {
+            return;
+        };
+        let value = value.trim();
+        match name {
+            "VmFlags" => {
+                let has = |flag| value.split_whitespace().any(|f| f == flag);
+                self.dont_fork = has("dc");
+                self.locked = has("lo");
+                self.mergeable = has("mg");
+            }
+            "THPeligible" => self.huge_allowed |= value != "0",
+            "ShmemPmdMapped" | "FilePmdMapped" => self.huge_allowed |= value != "0 kB",
+            _ => {}
+        }
     }
 
     /// Whether `next` goes on where this one ends, in the same file: the kernel splits a mapping
@@ -44,10 +69,10 @@ impl Mapping {
 
 /// All mappings of a process, in order of their addresses.
 #[derive(Debug)]
-pub(super) struct Mappings(pub(super) Vec<Mapping>);
+pub(crate) struct Mappings(pub(crate) Vec<Mapping>);
 
 impl Mappings {
-    pub(super) fn read(pid: i32) -> Result<Mappings, BlocksError> {
+    pub(crate) fn read(pid: i32) -> Result<Mappings, BlocksError> {
         let failed = |source| BlocksError::Process {
             what: "/proc/PID/smaps".to_owned(),
             pid,
@@ -57,12 +82,10 @@ impl Mappings {
         let mut mappings: Vec<Mapping> = Vec::new();
         for line in BufReader::new(file).lines() {
             let line = line.map_err(failed)?;
-            if let Some(flags) = line.strip_prefix("VmFlags:") {
-                if let Some(last) = mappings.last_mut() {
-                    last.dont_fork = flags.split_whitespace().any(|f| f == "dc");
-                }
-            } else if let Some(mapping) = parse_head(&line) {
+            if let Some(mapping) = parse_head(&line) {
                 mappings.push(mapping);
+            } else if let Some(last) = mappings.last_mut() {
+                last.note_detail(&line);
             }
         }
         Ok(Mappings(mappings))
@@ -129,6 +152,9 @@ fn parse_head(line: &str) -> Option<Mapping> {
         inode,
         path: words.next().unwrap_or("").trim().to_owned(),
         dont_fork: false,
+        locked: false,
+        mergeable: false,
+        huge_allowed: false,
     })
 }
 
@@ -148,6 +174,9 @@ mod tests {
             inode,
             path: String::new(),
             dont_fork: true,
+            locked: false,
+            mergeable: false,
+            huge_allowed: false,
         }
     }
 
@@ -163,6 +192,24 @@ mod tests {
         );
         assert_eq!(parse_head("Size:              65536 kB"), None);
         assert_eq!(parse_head("VmFlags: rd wr mr mw me dc ac"), None);
+    }
+
+    #[test]
+    fn details_of_a_mapping() {
+        let mut m = mapping(0x1000, 0x3000, 7, 0);
+        let plain = [
+            "ShmemPmdMapped:        0 kB",
+            "THPeligible:    0",
+            "VmFlags: rd wr sh",
+        ];
+        plain.iter().for_each(|line| m.note_detail(line));
+        assert!(!(m.dont_fork || m.locked || m.mergeable || m.huge_allowed));
+        m.note_detail("VmFlags: rd wr sh lo dc mg sd");
+        m.note_detail("ShmemPmdMapped:     2048 kB");
+        assert!(m.dont_fork && m.locked && m.mergeable && m.huge_allowed);
+        m.huge_allowed = false;
+        m.note_detail("THPeligible:           1");
+        assert!(m.huge_allowed);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! Nothing is guessed: a block that is not found exactly is an error that names it.
 
 mod listing;
-mod maps;
+pub(crate) mod maps;
 mod record;
 
 use std::fs::{File, OpenOptions};

@@ -101,7 +101,7 @@ fn failed(pid: Pid, operation: &'static str, error: impl Into<io::Error>) -> Tra
             source,
         };
     }
-    TrackerError::Inject {
+    TrackerError::Process {
         operation,
         pid,
         source,

@@ -4,21 +4,24 @@ pub mod compare;
 mod inject;
 mod pagemap;
 mod selftest;
+pub mod soft_dirty;
+mod trust;
 pub mod uffd;
 
 use std::io;
 
-use ft_core::DirtySet;
+use ft_core::{BlockId, DirtySet, PageRun};
 
 use crate::guest_ram::{GuestRam, RamError};
 pub use compare::CompareTracker;
 pub use selftest::self_test;
+pub use soft_dirty::SoftDirtyTracker;
 pub use uffd::UffdTracker;
 
 /// Reports written pages. The order is always: armed first, copied afterwards; a write in
 /// between is then in the copy *and* reported the next time.
 pub trait Tracker: Send + std::fmt::Debug {
-    /// `uffd` or `compare`.
+    /// `uffd`, `soft-dirty` or `compare`.
     fn name(&self) -> &'static str;
 
     /// Forgets all dirt: what is written from now on is reported.
@@ -27,7 +30,16 @@ pub trait Tracker: Send + std::fmt::Debug {
     /// The kernel refuses, or QEMU is gone.
     fn arm_all(&mut self, ram: &GuestRam) -> Result<(), TrackerError>;
 
-    /// Adds what was written since it was armed to `into`, and arms exactly that again.
+    /// Adds what was written since it was armed to `into`, and arms exactly that again. The guest
+    /// must be paused.
+    ///
+    /// # Errors
+    /// The kernel refuses, or QEMU is gone. Pages may have been armed that are not in `into`:
+    /// the caller must take all of RAM for dirty.
+    fn collect(&mut self, ram: &GuestRam, into: &mut DirtySet) -> Result<Collected, TrackerError>;
+
+    /// As [`Tracker::collect`], of a guest that may run. It need not arm: then the same pages are
+    /// reported again.
     ///
     /// While the guest runs, that is not the last word on a page. The kernel counts a transfer
     /// past the page cache (a disk with `cache=none`) as a write when it pins the page, not when
@@ -37,21 +49,30 @@ pub trait Tracker: Send + std::fmt::Debug {
     /// more after it was stopped.
     ///
     /// # Errors
-    /// The kernel refuses, or QEMU is gone. Pages may have been armed that are not in `into`:
-    /// the caller must take all of RAM for dirty.
-    fn collect(&mut self, ram: &GuestRam, into: &mut DirtySet) -> Result<Collected, TrackerError>;
+    /// As [`Tracker::collect`].
+    fn collect_live(
+        &mut self,
+        ram: &GuestRam,
+        into: &mut DirtySet,
+    ) -> Result<Collected, TrackerError> {
+        self.collect(ram, into)
+    }
+
+    /// The pages that a write to this one may report.
+    fn reported_with(&self, block: BlockId, page: u64) -> PageRun {
+        PageRun {
+            block,
+            first: page,
+            count: 1,
+        }
+    }
 
     /// Makes a write that the guest could have made and that leaves RAM as it is, for the
     /// self-test. The guest must be paused.
     ///
     /// # Errors
     /// QEMU's memory can't be written.
-    fn touch(
-        &mut self,
-        ram: &GuestRam,
-        block: ft_core::BlockId,
-        page: u64,
-    ) -> Result<(), TrackerError>;
+    fn touch(&mut self, ram: &GuestRam, block: BlockId, page: u64) -> Result<(), TrackerError>;
 }
 
 /// What a collection found.
@@ -65,8 +86,25 @@ pub struct Collected {
 pub enum TrackerError {
     #[error(transparent)]
     Ram(#[from] RamError),
-    #[error("the uffd tracker needs Linux 6.7 or newer, this is {release}: use --tracker compare")]
+    #[error(
+        "the uffd tracker needs Linux 6.7 or newer, this is {release}: use --tracker soft-dirty or \
+         compare"
+    )]
     KernelTooOld { release: String },
+    #[error(
+        "this kernel ({release}) was built without soft-dirty bits (CONFIG_MEM_SOFT_DIRTY): use \
+         --tracker uffd, from Linux 6.7 on, or compare"
+    )]
+    NoSoftDirty { release: String },
+    #[error(
+        "the soft-dirty bits of QEMU's process {pid} are used by another daemon: end that, or use \
+         --tracker compare"
+    )]
+    SoftDirtyInUse { pid: i32 },
+    #[error(
+        "the soft-dirty tracker can't be trusted here: {what}; {cure}, or use --tracker compare"
+    )]
+    Untrusted { what: String, cure: &'static str },
     #[error(
         "{operation} QEMU's process {pid} is not permitted: run as root, or give CAP_SYS_PTRACE \
          and check kernel.yama.ptrace_scope; or use --tracker compare"
@@ -82,7 +120,7 @@ pub enum TrackerError {
     )]
     Traced { pid: i32, tracer: i32 },
     #[error("{operation} QEMU's process {pid} failed")]
-    Inject {
+    Process {
         operation: &'static str,
         pid: i32,
         source: io::Error,
@@ -108,30 +146,49 @@ pub enum TrackerError {
 pub enum TrackerChoice {
     Auto,
     Uffd,
+    SoftDirty,
     Compare,
 }
 
 /// Makes a tracker for a QEMU, and says in one sentence which and why. It is not armed yet.
 ///
 /// # Errors
-/// The wanted one can't be had; with [`TrackerChoice::Auto`] only if neither can.
+/// The wanted one can't be had; with [`TrackerChoice::Auto`] only if none can.
 pub fn choose(
     choice: TrackerChoice,
     ram: &GuestRam,
 ) -> Result<(Box<dyn Tracker>, String), TrackerError> {
-    if choice == TrackerChoice::Compare {
-        let said = "tracker compare: all of RAM is compared at each epoch".to_owned();
-        return Ok((Box::new(CompareTracker::new(ram)?), said));
-    }
-    match UffdTracker::attach(ram) {
-        Ok(tracker) => Ok((
-            Box::new(tracker),
+    let (tracker, said): (Box<dyn Tracker>, String) = match choice {
+        TrackerChoice::Uffd => (
+            Box::new(UffdTracker::attach(ram)?),
             "tracker uffd: the kernel reports writes".into(),
-        )),
-        Err(error) if choice == TrackerChoice::Auto => {
-            let said = format!("tracker compare, which costs more, because: {error}");
-            Ok((Box::new(CompareTracker::new(ram)?), said))
+        ),
+        TrackerChoice::SoftDirty => (
+            Box::new(SoftDirtyTracker::attach(ram)?),
+            "tracker soft-dirty: the kernel remembers writes".into(),
+        ),
+        TrackerChoice::Compare => (
+            Box::new(CompareTracker::new(ram)?),
+            "tracker compare: all of RAM is compared at each epoch".into(),
+        ),
+        TrackerChoice::Auto => return choose_best(ram),
+    };
+    Ok((tracker, said))
+}
+
+fn choose_best(ram: &GuestRam) -> Result<(Box<dyn Tracker>, String), TrackerError> {
+    let no_uffd = match choose(TrackerChoice::Uffd, ram) {
+        Ok(chosen) => return Ok(chosen),
+        Err(error) => error,
+    };
+    match choose(TrackerChoice::SoftDirty, ram) {
+        Ok((tracker, said)) => Ok((tracker, format!("{said}; not uffd, because: {no_uffd}"))),
+        Err(no_soft_dirty) => {
+            let (tracker, _) = choose(TrackerChoice::Compare, ram)?;
+            let said = format!(
+                "tracker compare, which costs more, because: {no_uffd}; and {no_soft_dirty}"
+            );
+            Ok((tracker, said))
         }
-        Err(error) => Err(error),
     }
 }

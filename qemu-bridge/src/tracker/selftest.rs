@@ -39,17 +39,30 @@ fn expect(
     let missed = written
         .iter()
         .find(|(block, page)| !dirty.contains(*block, *page));
+    let may_be = |run: &PageRun| {
+        let runs = written.iter().map(|&(b, p)| tracker.reported_with(b, p));
+        let mut pages = run.first..run.first + run.count;
+        pages.all(|page| runs.clone().any(|r| contains(&r, run.block, page)))
+    };
     let what = match missed {
         Some((block, page)) => format!("a write to page {page} of {block:?} was not reported"),
-        None if dirty.count() == written.len() as u64 => return Ok(()),
-        None => format!(
-            "{} pages were written and {} reported",
-            written.len(),
-            dirty.count()
-        ),
+        None => match dirty.runs().find(|run| !may_be(run)) {
+            Some(PageRun {
+                block,
+                first,
+                count,
+            }) => format!(
+                "{count} pages from {first} on of {block:?} were reported and not all of them written"
+            ),
+            None => return Ok(()),
+        },
     };
     let tracker = tracker.name();
     Err(TrackerError::Blind { tracker, what })
+}
+
+fn contains(run: &PageRun, block: BlockId, page: u64) -> bool {
+    run.block == block && (run.first..run.first + run.count).contains(&page)
 }
 
 /// The first and the last page of every block that have data: a hole must stay one.

@@ -83,7 +83,7 @@ impl UffdTracker {
             register(&uffd, *start, *len)?;
         }
         let path = format!("/proc/{pid}/pagemap");
-        let pagemap = File::open(path).map_err(|source| TrackerError::Inject {
+        let pagemap = File::open(path).map_err(|source| TrackerError::Process {
             operation: "opening the pagemap of",
             pid,
             source,

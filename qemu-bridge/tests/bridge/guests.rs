@@ -14,7 +14,7 @@ use qemu_bridge::blocks::{Backing, RamBlock, ram_blocks};
 use qemu_bridge::gather::{Cursor, Progress, fill};
 use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::qmp::Command;
-use qemu_bridge::tracker::Tracker;
+use qemu_bridge::tracker::{Tracker, TrackerChoice, TrackerError, choose};
 
 use crate::support::{PATIENCE, TestDir, TestQemu};
 
@@ -132,15 +132,32 @@ impl Guest {
         }
     }
 
+    /// The trackers that this kernel has.
+    pub(crate) fn trackers(&self) -> Vec<TrackerChoice> {
+        let kernels = [TrackerChoice::Uffd, TrackerChoice::SoftDirty];
+        let here = |choice: &TrackerChoice| match choose(*choice, &self.ram) {
+            Ok(_) => true,
+            Err(error @ (TrackerError::KernelTooOld { .. } | TrackerError::NoSoftDirty { .. })) => {
+                eprintln!("NOT TESTED with the tracker {choice:?}: {error}");
+                false
+            }
+            Err(error) => panic!("{choice:?}: {error}"),
+        };
+        let here = kernels.into_iter().filter(here);
+        here.chain([TrackerChoice::Compare]).collect()
+    }
+
     /// Waits until one collection reports exactly the 16 pages: the boot sector runs.
-    pub(crate) fn wait_for_loop(&self, tracker: &mut dyn Tracker) {
+    pub(crate) fn wait_for_loop(&mut self, tracker: &mut dyn Tracker) {
         let deadline = Instant::now() + PATIENCE;
         let mut dirty = self.dirty_set();
         while !dirty.runs().eq([self.touched()]) {
             assert!(Instant::now() < deadline, "the boot sector doesn't run");
             std::thread::sleep(Duration::from_millis(20));
             dirty.clear();
+            self.stop();
             tracker.collect(&self.ram, &mut dirty).unwrap();
+            self.cont();
         }
     }
 

@@ -144,7 +144,7 @@ fn wait_until(mut holds: impl FnMut() -> bool, what: &str) {
 #[test]
 fn dropping_a_tracker_unregisters_and_lets_another_one_in() {
     for main in [MainRam::Shared, MainRam::Private] {
-        let guest = Guest::touching("qemu-system-x86_64", &["-accel", "tcg"], main);
+        let mut guest = Guest::touching("qemu-system-x86_64", &["-accel", "tcg"], main);
         let pid = guest.vm.process.pid();
         let before = descriptors(pid);
         for _ in 0..3 {
@@ -168,7 +168,7 @@ fn sandboxed_qemu_is_tracked_too() {
     let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
     let arguments = ["-accel", "tcg", "-sandbox", sandbox];
     for qemu in qemus() {
-        let guest = Guest::touching(&qemu, &arguments, MainRam::Shared);
+        let mut guest = Guest::touching(&qemu, &arguments, MainRam::Shared);
         assert_eq!(
             status(guest.vm.process.pid(), "Seccomp:"),
             "2",
@@ -206,7 +206,7 @@ fn killed_daemon_leaves_qemu_as_it_was() {
     let socket = dir.0.join("second");
     let server = format!("unix:{},server=on,wait=off", socket.display());
     let arguments = ["-accel", "tcg", "-qmp", &server];
-    let guest = Guest::touching("qemu-system-x86_64", &arguments, MainRam::Shared);
+    let mut guest = Guest::touching("qemu-system-x86_64", &arguments, MainRam::Shared);
     let pid = guest.vm.process.pid();
     let before = descriptors(pid);
     for _ in 0..3 {

@@ -7,7 +7,7 @@ use ft_core::{BlockId, DirtySet};
 use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::qmp::Command;
 use qemu_bridge::tracker::{
-    Collected, CompareTracker, Tracker, TrackerChoice, TrackerError, UffdTracker, choose, self_test,
+    Collected, CompareTracker, Tracker, TrackerChoice, TrackerError, choose, self_test,
 };
 
 use crate::guests::{Guest, MainRam, accelerators, byte_range};
@@ -24,11 +24,11 @@ fn sixteen_pages_written_are_sixteen_pages_reported() {
                     continue; // nothing that the other three don't show
                 }
                 let mut guest = Guest::touching(&qemu, accelerator, main);
-                let mut trackers: [Box<dyn Tracker>; 2] = [
-                    Box::new(UffdTracker::attach(&guest.ram).unwrap()),
-                    Box::new(CompareTracker::new(&guest.ram).unwrap()),
-                ];
-                for tracker in &mut trackers {
+                for kind in guest.trackers() {
+                    if kind == TrackerChoice::SoftDirty && main == MainRam::Private {
+                        continue; // huge pages are reported as a whole: see below
+                    }
+                    let (mut tracker, _) = choose(kind, &guest.ram).unwrap();
                     guest.stop();
                     self_test(tracker.as_mut(), &guest.ram).unwrap();
                     guest.cont();
@@ -50,7 +50,7 @@ fn check_scans(guest: &mut Guest, tracker: &mut dyn Tracker) {
         while dirty.count() < touched.count {
             assert!(Instant::now() < deadline, "{} sees no more", tracker.name());
             std::thread::sleep(Duration::from_millis(5));
-            tracker.collect(&guest.ram, &mut dirty).unwrap();
+            tracker.collect_live(&guest.ram, &mut dirty).unwrap();
         }
         let runs: Vec<_> = dirty.runs().collect();
         assert_eq!(runs, [touched], "{}", tracker.name());
@@ -85,18 +85,21 @@ fn a_copy_of_what_is_reported_is_always_all_of_ram() {
     for qemu in qemus() {
         for machine in &machines[..accelerators().len() + 1] {
             let mut guest = Guest::start(&qemu, machine, MainRam::Shared, 64);
-            let pages = check_copies(&mut guest, machine.contains(&"tcg"));
-            eprintln!("{qemu} {machine:?}: {pages} pages written");
+            for kind in guest.trackers() {
+                let pages = check_copies(&mut guest, kind, machine.contains(&"tcg"));
+                eprintln!("{qemu} {machine:?}: {kind:?}: {pages} pages written");
+                guest.cont();
+            }
         }
     }
 }
 
 /// Keeps a copy of RAM by what is reported, with all of RAM to compare it with.
-fn check_copies(guest: &mut Guest, resets: bool) -> u64 {
-    let mut uffd = UffdTracker::attach(&guest.ram).unwrap();
+fn check_copies(guest: &mut Guest, kind: TrackerChoice, resets: bool) -> u64 {
+    let (mut tracker, _) = choose(kind, &guest.ram).unwrap();
     let mut compare = CompareTracker::new(&guest.ram).unwrap();
     guest.stop();
-    uffd.arm_all(&guest.ram).unwrap();
+    tracker.arm_all(&guest.ram).unwrap();
     compare.arm_all(&guest.ram).unwrap();
     let mut copy = guest.bytes();
     let mut pages = 0;
@@ -111,14 +114,14 @@ fn check_copies(guest: &mut Guest, resets: bool) -> u64 {
         std::thread::sleep(Duration::from_millis(100));
         guest.stop();
         let mut written = guest.dirty_set();
-        uffd.collect(&guest.ram, &mut written).unwrap();
+        tracker.collect(&guest.ram, &mut written).unwrap();
         let mut changed = guest.dirty_set();
         compare.collect(&guest.ram, &mut changed).unwrap();
         pages += written.count();
         for run in changed.runs() {
             let mut pages = run.first..run.first + run.count;
             let seen = pages.all(|page| written.contains(run.block, page));
-            assert!(seen, "{run:?} has changed, uffd has not reported it");
+            assert!(seen, "{run:?} has changed, {kind:?} has not reported it");
         }
         for run in written.runs() {
             let target = &mut copy[usize::from(run.block.0)][byte_range(run)];
@@ -135,7 +138,7 @@ fn live_rounds_and_a_paused_one_leave_nothing_out() {
     // As in the first synchronisation: collect and copy while the guest runs.
     for accelerator in accelerators() {
         let mut guest = Guest::touching("qemu-system-x86_64", accelerator, MainRam::Shared);
-        for kind in [TrackerChoice::Uffd, TrackerChoice::Compare] {
+        for kind in guest.trackers() {
             let (mut tracker, _) = choose(kind, &guest.ram).unwrap();
             guest.stop();
             tracker.arm_all(&guest.ram).unwrap();
@@ -147,7 +150,10 @@ fn live_rounds_and_a_paused_one_leave_nothing_out() {
                     guest.stop();
                 }
                 let mut dirty = guest.dirty_set();
-                tracker.collect(&guest.ram, &mut dirty).unwrap();
+                match last {
+                    true => tracker.collect(&guest.ram, &mut dirty).unwrap(),
+                    false => tracker.collect_live(&guest.ram, &mut dirty).unwrap(),
+                };
                 for run in dirty.runs() {
                     let target = &mut copy[usize::from(run.block.0)][byte_range(run)];
                     guest.ram.copy_out(run.block, run.first, target).unwrap();
@@ -164,21 +170,61 @@ fn live_rounds_and_a_paused_one_leave_nothing_out() {
 }
 
 #[test]
-fn auto_takes_uffd_and_says_so() {
+fn auto_takes_the_best_and_says_why() {
     let guest = Guest::start(
         "qemu-system-x86_64",
         &["-accel", "tcg", "-machine", "pc", "-nodefaults"],
         MainRam::Shared,
         64,
     );
-    let (tracker, said) = choose(TrackerChoice::Auto, &guest.ram).unwrap();
-    assert_eq!(tracker.name(), "uffd", "{said}");
-    // It is watched already: the next best one, and why.
-    let (second, said) = choose(TrackerChoice::Auto, &guest.ram).unwrap();
-    assert_eq!(second.name(), "compare");
-    assert!(said.contains("another userfaultfd"), "{said}");
-    let refused = choose(TrackerChoice::Uffd, &guest.ram).unwrap_err();
-    assert!(matches!(refused, TrackerError::Busy { .. }), "{refused}");
+    // Each is taken by the one before.
+    let mut taken: Vec<Box<dyn Tracker>> = Vec::new();
+    for kind in guest.trackers() {
+        let (tracker, said) = choose(TrackerChoice::Auto, &guest.ram).unwrap();
+        let expected = choose_name(kind);
+        assert_eq!(tracker.name(), expected, "{said}");
+        match taken.last().map(|before| before.name()) {
+            None => {}
+            Some("uffd") => {
+                assert!(said.contains("another userfaultfd"), "{said}");
+                let refused = choose(TrackerChoice::Uffd, &guest.ram).unwrap_err();
+                assert!(matches!(refused, TrackerError::Busy { .. }), "{refused}");
+            }
+            Some(_) => {
+                assert!(said.contains("used by another daemon"), "{said}");
+                let refused = choose(TrackerChoice::SoftDirty, &guest.ram).unwrap_err();
+                let expected = matches!(refused, TrackerError::SoftDirtyInUse { .. });
+                assert!(expected, "{refused}");
+            }
+        }
+        taken.push(tracker);
+    }
+}
+
+fn choose_name(kind: TrackerChoice) -> &'static str {
+    match kind {
+        TrackerChoice::Uffd => "uffd",
+        TrackerChoice::SoftDirty => "soft-dirty",
+        TrackerChoice::Compare | TrackerChoice::Auto => "compare",
+    }
+}
+
+/// Writes to private RAM are reported too, in pieces as large as the pages of the host.
+#[test]
+fn private_ram_is_tracked_by_soft_dirty() {
+    for qemu in qemus() {
+        let mut guest = Guest::touching(&qemu, &["-accel", "tcg"], MainRam::Private);
+        if !guest.trackers().contains(&TrackerChoice::SoftDirty) {
+            return;
+        }
+        let (mut tracker, _) = choose(TrackerChoice::SoftDirty, &guest.ram).unwrap();
+        guest.stop();
+        self_test(tracker.as_mut(), &guest.ram).unwrap();
+        guest.cont();
+        drop(tracker);
+        let pages = check_copies(&mut guest, TrackerChoice::SoftDirty, true);
+        eprintln!("{qemu}: {pages} pages written");
+    }
 }
 
 /// How a tracker may be broken.
@@ -257,7 +303,7 @@ fn self_test_finds_every_broken_tracker() {
         Fault::Inventive,
         Fault::NotRearmed,
     ];
-    for kind in [TrackerChoice::Uffd, TrackerChoice::Compare] {
+    for kind in guest.trackers() {
         for fault in faults {
             let (real, _) = choose(kind, &guest.ram).unwrap();
             let mut broken = Broken {
@@ -287,7 +333,7 @@ fn a_mostly_empty_guest_stays_empty() {
         guest.stop();
         let allocated = guest.allocated_bytes();
         assert!(allocated < 64 << 20);
-        for kind in [TrackerChoice::Uffd, TrackerChoice::Compare] {
+        for kind in guest.trackers() {
             let (mut tracker, _) = choose(kind, &guest.ram).unwrap();
             self_test(tracker.as_mut(), &guest.ram).unwrap();
             let mut all = guest.dirty_set();

@@ -241,7 +241,7 @@ impl PrimaryWorker {
         self.inflight.clear();
         if all {
             self.inflight.set_all();
-        } else if let Err(error) = self.tracker.collect(&self.ram, &mut self.inflight) {
+        } else if let Err(error) = self.tracker.collect_live(&self.ram, &mut self.inflight) {
             return failed(Step::Round, &error);
         }
         if !all {
