@@ -110,7 +110,7 @@ impl Pair {
         let standby_memory = open_memory(dir, "standby", &standby)?;
         let tick_page = match setup.guest.work {
             Work::Tick => wait_tick_page(&dir.join("guest.console"))?,
-            Work::BootSector => wait_boot_sector(&guest_memory)?,
+            Work::BootSector | Work::Rounds => wait_boot_sector(&guest_memory)?,
         };
         let page: TickPage = Arc::new(Mutex::new(Some(tick_page)));
         let taken = Arc::new(Mutex::new(Taken::default()));
@@ -308,7 +308,7 @@ pub fn wait_tick_page(console: &Path) -> Result<u64> {
 
 /// Waits until the boot sector counts; its counter has a fixed address, where the BIOS has had
 /// things of its own before.
-fn wait_boot_sector(memory: &Memory) -> Result<u64> {
+pub(crate) fn wait_boot_sector(memory: &Memory) -> Result<u64> {
     const COUNTER: u64 = 0x8000;
     let deadline = Instant::now() + BOOT_PATIENCE;
     let (mut last, mut risen) = (u64::MAX, 0);
