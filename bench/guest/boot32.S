@@ -37,7 +37,7 @@ page:
     jb page
     addl $1, COUNTER
     adcl $0, COUNTER + 4
-    mov $20000, %ecx
+    mov $2000, %ecx
 wait:
     loop wait
     jmp round

@@ -308,7 +308,7 @@ pub fn wait_tick_page(console: &Path) -> Result<u64> {
 
 /// Waits until the boot sector counts; its counter has a fixed address, where the BIOS has had
 /// things of its own before.
-pub(crate) fn wait_boot_sector(memory: &Memory) -> Result<u64> {
+fn wait_boot_sector(memory: &Memory) -> Result<u64> {
     const COUNTER: u64 = 0x8000;
     let deadline = Instant::now() + BOOT_PATIENCE;
     let (mut last, mut risen) = (u64::MAX, 0);

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use crate::memory::{Copy, PAGE};
 
 /// Where bench/guest/boot32.S has its counter, and what it writes.
-const COUNTER: usize = 0x8000;
-const FIRST: usize = 0x10_0000;
-const PAGES: usize = 512;
+pub(super) const COUNTER: u64 = 0x8000;
+pub(super) const FIRST: u64 = 0x10_0000;
+const PAGES: u64 = 512;
 
 /// A number for each page of each RAM block. Equal RAM has equal numbers; other RAM has them with a
 /// probability of 2⁻⁶⁴ a page.
@@ -74,8 +74,8 @@ pub(super) fn whole(copy: &Copy) -> Result<u64> {
     let main = copy.blocks.iter();
     let mut main = main.filter(|(name, _)| name == "ram" || name.ends_with("/ram"));
     let (_, ram) = main.next().context("no main RAM")?;
-    let word = |at: usize| -> Result<u32> {
-        let bytes = ram.get(at..).and_then(<[u8]>::first_chunk);
+    let word = |at: u64| -> Result<u32> {
+        let bytes = ram.get(at as usize..).and_then(<[u8]>::first_chunk);
         Ok(u32::from_le_bytes(
             *bytes.context("the guest has too little RAM")?,
         ))
@@ -85,8 +85,8 @@ pub(super) fn whole(copy: &Copy) -> Result<u64> {
     let after = before.wrapping_add(1);
     let mut expected = after;
     for page in 0..PAGES {
-        for at in [0, PAGE - 4] {
-            let found = word(FIRST + page * PAGE + at)?;
+        for at in [0, PAGE as u64 - 4] {
+            let found = word(FIRST + page * PAGE as u64 + at)?;
             if found != expected {
                 // Once, the number changes to the round's before.
                 ensure!(
@@ -104,14 +104,16 @@ pub(super) fn whole(copy: &Copy) -> Result<u64> {
 mod tests {
     use super::*;
 
-    fn at_page(rewritten: usize, count: u64) -> Copy {
-        let mut ram = vec![0; FIRST + PAGES * PAGE];
-        ram[COUNTER..COUNTER + 8].copy_from_slice(&count.to_le_bytes());
+    const PAGE_BYTES: u64 = PAGE as u64;
+
+    fn at_page(rewritten: u64, count: u64) -> Copy {
+        let mut ram = vec![0; (FIRST + PAGES * PAGE_BYTES) as usize];
+        ram[COUNTER as usize..][..8].copy_from_slice(&count.to_le_bytes());
         for page in 0..PAGES {
             let value = (count as u32 + u32::from(page < rewritten)).to_le_bytes();
-            for at in [0, PAGE - 4] {
-                let at = FIRST + page * PAGE + at;
-                ram[at..at + 4].copy_from_slice(&value);
+            for at in [0, PAGE_BYTES - 4] {
+                let at = (FIRST + page * PAGE_BYTES + at) as usize;
+                ram[at..][..4].copy_from_slice(&value);
             }
         }
         Copy {
@@ -126,7 +128,7 @@ mod tests {
         }
         let (old, new) = (at_page(10, 77), at_page(200, 78));
         let mut torn = old.clone_of();
-        let page = FIRST + 100 * PAGE;
+        let page = (FIRST + 100 * PAGE_BYTES) as usize;
         torn.blocks[0].1[page..page + PAGE].copy_from_slice(&new.blocks[0].1[page..page + PAGE]);
         assert!(whole(&torn).is_err());
         assert_eq!(Digest::of(&old).differences(&Digest::of(&torn)), 1);

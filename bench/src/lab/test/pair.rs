@@ -328,7 +328,7 @@ impl<'lab> Pair<'lab> {
     pub(super) fn transport(&self) -> Option<String> {
         let notes = self.events(Role::Primary).into_iter();
         let texts = notes.filter_map(|it| it["text"].as_str().map(str::to_owned));
-        texts.filter(|text| text.starts_with("transport: ")).last()
+        texts.rfind(|text| text.starts_with("transport: "))
     }
 
     /// # Errors

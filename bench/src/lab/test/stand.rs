@@ -20,11 +20,11 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use super::guest_ram::{Digest, whole};
+use super::guest_ram::{COUNTER, Digest, FIRST, whole};
 use crate::cache;
 use crate::guest::{Guest, Work};
 use crate::memory::{Copy, Memory};
-use crate::pair::{open_memory, wait_boot_sector};
+use crate::pair::{BOOT_PATIENCE, open_memory};
 use crate::process::{Process, Workplace};
 use crate::proxy::{Hook, Proxy};
 use crate::qmp::Qmp;
@@ -66,7 +66,6 @@ struct Stand {
     /// Counts boundaries.
     boundaries: Arc<Mutex<u64>>,
     memory: Arc<Memory>,
-    counter: u64,
     _place: Workplace,
 }
 
@@ -79,10 +78,9 @@ impl Stand {
         guest.work = Work::Rounds;
         let qemu = guest.start(dir, "qemu", role == Role::Backup)?;
         let memory = Arc::new(open_memory(dir, "qemu", &qemu)?);
-        let counter = match role {
-            Role::Primary => wait_boot_sector(&memory)?,
-            Role::Backup => 0x8000,
-        };
+        if role == Role::Primary {
+            wait_rounds(&memory)?;
+        }
         let missing = &memory.missing;
         ensure!(
             missing.is_empty(),
@@ -123,7 +121,6 @@ impl Stand {
             _proxy: proxy,
             boundaries,
             memory,
-            counter,
             _place: place,
         })
     }
@@ -141,7 +138,7 @@ impl Stand {
                     notes.say(&json!({"stand": "thrown"}));
                 }
                 ["count"] => {
-                    let count = self.memory.read_u64(self.counter).ok();
+                    let count = self.memory.read_u64(COUNTER).ok();
                     notes.say(&json!({"stand": "count", "count": count}));
                 }
                 _ => notes.say(&json!({"stand": "failed", "text": format!("{line}: what?")})),
@@ -169,6 +166,25 @@ impl Stand {
         notes.say(&json!({"stand": "killed", "boundary": seen()}));
         Ok(())
     }
+}
+
+/// Waits until the guest has begun. Where it counts, and writes, the BIOS has had things of its own.
+fn wait_rounds(memory: &Memory) -> Result<()> {
+    let deadline = Instant::now() + BOOT_PATIENCE;
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        ensure!(Instant::now() < deadline, "the guest does not boot");
+        std::thread::sleep(Duration::from_millis(10));
+        let count = memory.read_u64(COUNTER)?;
+        // The first page is never more than a round, and what passed between the two looks, ahead.
+        let ahead = (memory.read_u64(FIRST)? as u32).wrapping_sub(count as u32);
+        if count == 0 || ahead > 1000 {
+            seen.clear();
+        } else if seen.last() != Some(&count) {
+            seen.push(count);
+        }
+    }
+    Ok(())
 }
 
 /// Connects and says what no primary says.
