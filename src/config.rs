@@ -34,6 +34,8 @@ const DELTA_CACHE_MIB: u64 = 32;
 const HEARTBEATS_PER_LEASE: u64 = 3;
 /// The backup takes no other lease.
 const LEASE_MS: RangeInclusive<u64> = 10..=3_600_000;
+/// Longer than that is not looking, but waiting.
+const BUSY_POLL_US: RangeInclusive<u64> = 0..=1000;
 const VM_ID: &str = "vm";
 
 /// Everything that the operator decides, checked.
@@ -57,6 +59,8 @@ pub(crate) struct Settings {
     pub(crate) transport: TransportChoice,
     pub(crate) deltas: Deltas,
     pub(crate) delta_cache_bytes: usize,
+    /// Nothing if the operator leaves it to each part.
+    pub(crate) busy_poll: Option<Duration>,
     pub(crate) allow_unreplicated_disks: bool,
     pub(crate) allow_ungated: bool,
     pub(crate) events: Option<PathBuf>,
@@ -235,6 +239,7 @@ impl Settings {
                 Some(DeltasName::Auto) | None => Deltas::Auto,
             },
             delta_cache_bytes: (delta_cache_mib as usize) << 20, // at most a TiB
+            busy_poll: options.busy_poll_us.map(busy_poll).transpose()?,
             allow_unreplicated_disks: options.allow_unreplicated_disks,
             allow_ungated: options.allow_ungated,
             events: options.events,
@@ -475,6 +480,16 @@ impl Times {
             max_unacked: Duration::from_millis(max_unacked_ms),
         })
     }
+}
+
+fn busy_poll(us: u64) -> Result<Duration, ConfigError> {
+    in_range(
+        "--busy-poll-us",
+        us,
+        BUSY_POLL_US,
+        "20 to 100 is about what a NIC takes to answer",
+    )?;
+    Ok(Duration::from_micros(us))
 }
 
 fn in_range(

@@ -201,6 +201,7 @@ fn prepare_primary(
         workshop,
         peer,
         transport: transport(settings),
+        busy_poll: settings.busy_poll.unwrap_or_default(),
         events,
         facts: Facts::new(settings.vm_id.clone()),
         control,
@@ -292,6 +293,7 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
         signals,
         store,
         guard,
+        busy_poll: settings.busy_poll.unwrap_or_default(),
     })
 }
 
@@ -455,10 +457,16 @@ fn no_link(error: TransportError) -> anyhow::Error {
 }
 
 fn transport(settings: &Settings) -> TransportConfig {
-    TransportConfig {
+    #[cfg_attr(not(feature = "rdma"), allow(unused_mut, reason = "it is for RDMA"))]
+    let mut config = TransportConfig {
         choice: settings.transport,
         ..TransportConfig::default()
+    };
+    #[cfg(feature = "rdma")]
+    if let Some(busy_poll) = settings.busy_poll {
+        config.rdma.busy_poll = busy_poll;
     }
+    config
 }
 
 /// The hello of this VM must fit into a message.

@@ -34,10 +34,12 @@ pub fn tick_initramfs() -> Result<PathBuf> {
     cached("tick.cpio.gz")
 }
 
+/// The disk of a boot sector: `boot16` of `scripts/setup`, or `boot32` of `scripts/setup lab`.
+///
 /// # Errors
-/// `scripts/setup` has not run.
-pub fn boot_sector() -> Result<PathBuf> {
-    cached("boot16.img")
+/// It has not run.
+pub fn boot_sector(name: &str) -> Result<PathBuf> {
+    cached(&format!("{name}.img"))
 }
 
 /// The unpacked QEMU 10.0.

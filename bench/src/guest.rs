@@ -14,6 +14,8 @@ pub enum Work {
     Tick,
     /// A boot sector that writes 16 pages per loop: for KVM, and for quick tests.
     BootSector,
+    /// A boot sector that writes 2 MiB per round, and whose RAM tells whether it is of one moment.
+    Rounds,
 }
 
 /// One kind of guest; both QEMUs of a pair are made from it.
@@ -101,8 +103,11 @@ impl Guest {
                     self.workload_pages, self.say_every
                 ));
             }
-            Work::BootSector => {
-                let image = cache::boot_sector()?;
+            Work::BootSector | Work::Rounds => {
+                let image = match self.work {
+                    Work::Rounds => cache::boot_sector("boot32"),
+                    _ => cache::boot_sector("boot16"),
+                }?;
                 // An IDE disk can't be read-only, and a writable one would be refused.
                 line.extend(words("-device virtio-blk-pci,drive=boot -drive"));
                 let file = image.display();

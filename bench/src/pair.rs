@@ -110,7 +110,7 @@ impl Pair {
         let standby_memory = open_memory(dir, "standby", &standby)?;
         let tick_page = match setup.guest.work {
             Work::Tick => wait_tick_page(&dir.join("guest.console"))?,
-            Work::BootSector => wait_boot_sector(&guest_memory)?,
+            Work::BootSector | Work::Rounds => wait_boot_sector(&guest_memory)?,
         };
         let page: TickPage = Arc::new(Mutex::new(Some(tick_page)));
         let taken = Arc::new(Mutex::new(Taken::default()));

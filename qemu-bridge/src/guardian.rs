@@ -34,6 +34,8 @@ const QUIT: u8 = b'q';
 
 /// A guardian answers within microseconds; after this it counts as dead.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Its first answer comes when it has been loaded, from a disk that may be slow.
+const START_PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum GuardianError {
@@ -80,15 +82,18 @@ impl Guardian {
             command.pre_exec(move || place_descriptors(theirs_fd, qemu_fd));
         }
         let child = command.spawn().map_err(GuardianError::Start)?;
-        socket
-            .set_read_timeout(Some(PATIENCE))
-            .map_err(GuardianError::Start)?;
+        let patience = |socket: &UnixStream, patience| {
+            let set = socket.set_read_timeout(Some(patience));
+            set.map_err(GuardianError::Start)
+        };
+        patience(&socket, START_PATIENCE)?;
         let mut guardian = Guardian {
             socket,
             child,
             armed: false,
         };
         guardian.disarm()?;
+        patience(&guardian.socket, PATIENCE)?;
         Ok(guardian)
     }
 

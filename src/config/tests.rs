@@ -148,6 +148,10 @@ fn every_misunderstanding_has_its_message() {
             "--epoch-ms is 0, expected 1 to 10000",
         ),
         (
+            primary(&format!("--busy-poll-us 1001 {QEMU}")),
+            "--busy-poll-us is 1001, expected 0 to 1000",
+        ),
+        (
             primary(&format!("--epoch-ms 10001 {QEMU}")),
             "--epoch-ms is 10001",
         ),

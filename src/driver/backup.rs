@@ -6,6 +6,7 @@ mod work;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use ft_core::backup::{Action, Backup, Command, End, Input, LinkDown, LinkId, Report, State};
@@ -20,7 +21,7 @@ pub(crate) use self::standby::Standby;
 use self::standby::StandbyInput;
 pub(crate) use self::work::{BackupWorker, Done, Job};
 use super::clock;
-use super::poller::Poller;
+use super::poller::{Poller, Spin};
 use super::proof::{Proof, ProofLane};
 use super::report::Facts;
 use super::worker::Worker;
@@ -62,6 +63,7 @@ pub(crate) struct Parts {
     pub(crate) signals: Signals,
     pub(crate) store: StateStore,
     pub(crate) guard: Guard,
+    pub(crate) busy_poll: Duration,
 }
 
 /// One link of a primary, or of a stranger.
@@ -83,6 +85,7 @@ struct Driver {
     device_state: Vec<u8>,
     run_state: RunState,
     rehearsal: Option<Rehearsal>,
+    spin: Spin,
     end: Option<End>,
 }
 
@@ -91,6 +94,7 @@ struct Driver {
 /// # Errors
 /// Something of our own failed. The peer's and QEMU's faults go to the machine.
 pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
+    let spin = Spin::new(parts.busy_poll);
     let mut driver = Driver {
         parts,
         links: BTreeMap::new(),
@@ -101,6 +105,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         device_state: Vec::new(),
         run_state: RunState::Running,
         rehearsal: None,
+        spin,
         end: None,
     };
     driver.drain();
@@ -150,7 +155,10 @@ impl Driver {
         for fd in self.parts.control.fds() {
             poller.watch(Source::Control, fd);
         }
-        for source in poller.wait(patience).context("waiting for events failed")? {
+        for source in poller
+            .wait(patience, &mut self.spin)
+            .context("waiting for events failed")?
+        {
             self.on_ready(source);
             self.drain();
         }

@@ -8,6 +8,7 @@ mod workshop;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::Context;
 use ft_core::Micros;
@@ -26,7 +27,7 @@ pub(crate) use self::work::PrimaryWorker;
 use self::work::{Done, Job};
 pub(crate) use self::workshop::Workshop;
 use super::clock;
-use super::poller::Poller;
+use super::poller::{Poller, Spin};
 use super::proof::{Proof, ProofLane};
 use super::report::Facts;
 use crate::control::{ControlServer, Request};
@@ -59,6 +60,7 @@ pub(crate) struct Parts {
     pub(crate) workshop: Workshop,
     pub(crate) peer: SocketAddr,
     pub(crate) transport: TransportConfig,
+    pub(crate) busy_poll: Duration,
     pub(crate) events: Events,
     pub(crate) facts: Facts,
     pub(crate) control: ControlServer,
@@ -75,6 +77,7 @@ pub(crate) struct Parts {
 /// Something of our own failed: a poll, a thread, an eventfd. QEMU's and the peer's faults go to
 /// the machine.
 pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
+    let spin = Spin::new(parts.busy_poll);
     let mut driver = Driver {
         parts,
         link: None,
@@ -86,6 +89,7 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         results: Vec::new(),
         not_connected: None,
         transport: Transport::Tcp,
+        spin,
         end: None,
     };
     driver.drain()?;
@@ -163,6 +167,7 @@ struct Driver {
     not_connected: Option<String>,
     /// What carries the chunks of the newest link.
     transport: Transport,
+    spin: Spin,
     end: Option<End>,
 }
 
@@ -197,7 +202,9 @@ impl Driver {
         for fd in parts.control.fds() {
             poller.watch(Source::Control, fd);
         }
-        let ready = poller.wait(patience).context("waiting for events failed")?;
+        let ready = poller
+            .wait(patience, &mut self.spin)
+            .context("waiting for events failed")?;
         for source in ready {
             self.on_ready(source)?;
         }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::lab::supervisor::Client;
-use bench::lab::{Cable, Command, Ended, Event, Host, Running, Settings, agent, check, probe};
+use bench::lab::{
+    Cable, Command, Ended, Event, Host, Running, Settings, agent, check, probe, test,
+};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 
@@ -71,6 +73,26 @@ enum Action {
     },
     /// Boot a lab of its own and see whether all of this holds
     Check(Make),
+    /// Test failovers, faults and speed on soft-RoCE in a lab of its own
+    Test {
+        #[command(flatten)]
+        make: Make,
+        /// Write the figures here, as JSON
+        #[arg(long, value_name = "FILE")]
+        report: Option<PathBuf>,
+        /// Failovers on RDMA [default: 10, with --full 50]
+        #[arg(long)]
+        kills: Option<usize>,
+        /// More of everything
+        #[arg(long)]
+        full: bool,
+        /// One part alone: all whose names begin so
+        #[arg(long, value_name = "PART")]
+        only: Option<String>,
+        /// Draws the moments of the kills
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     #[command(hide = true)]
     Supervise(Make),
     #[command(hide = true)]
@@ -83,6 +105,17 @@ enum Action {
     /// On a host, for `check`
     #[command(hide = true)]
     Probe,
+    /// On a host, for `test`: one side of a protected guest
+    #[command(hide = true)]
+    Stand {
+        #[arg(long)]
+        role: test::Role,
+        /// Where to write what happens
+        #[arg(long)]
+        to: PathBuf,
+        #[arg(last = true)]
+        options: Vec<String>,
+    },
 }
 
 #[derive(Args, Clone, Debug)]
@@ -128,6 +161,24 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Action::Agent { port, token } => agent::serve(*port, token)?,
         Action::Probe => println!("{}", probe::soft_dirty_by_pagemap_scan()?),
         Action::Check(make) => check::check(make.settings()?)?,
+        Action::Test {
+            make,
+            report,
+            kills,
+            full,
+            only,
+            seed,
+        } => {
+            let options = test::Options {
+                report: report.clone(),
+                kills: kills.unwrap_or(if *full { 50 } else { 10 }),
+                full: *full,
+                only: only.clone(),
+                seed: *seed,
+            };
+            test::test(make.settings()?, &options)?;
+        }
+        Action::Stand { role, to, options } => test::serve(*role, to, options)?,
         Action::Supervise(make) => lab?.supervise(make.settings()?)?,
         Action::Up(_) => {
             // The same words, for the supervisor.

@@ -284,7 +284,7 @@ fn both(lab: &Lab, line: &str) -> Result<String> {
 }
 
 /// What a line for bash says; it must not fail.
-fn say(lab: &Lab, host: Host, line: &str) -> Result<String> {
+pub(super) fn say(lab: &Lab, host: Host, line: &str) -> Result<String> {
     let output = lab.run(host, &Command::shell(line))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     if output.ended != Ended::Exit(0) {
@@ -310,7 +310,7 @@ fn pair(lab: &Lab, server: Host, serve: &str, call: &str) -> Result<String> {
 }
 
 /// Waits until a line says a word, as long as a slow host may take.
-fn listening(lab: &Lab, host: Host, line: &str, word: &str) -> Result<()> {
+pub(super) fn listening(lab: &Lab, host: Host, line: &str, word: &str) -> Result<()> {
     for _ in 0..100 {
         if say(lab, host, line)?.contains(word) {
             return Ok(());

@@ -19,6 +19,7 @@ mod reception;
 mod running;
 pub mod supervisor;
 mod switch;
+pub mod test;
 mod wire;
 
 use std::fmt;
