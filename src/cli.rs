@@ -275,6 +275,14 @@ pub(crate) enum Operation {
         #[command(flatten)]
         target: Target,
     },
+    /// What does each device add to every pause? Stops the guest nine times for a few milliseconds.
+    ///
+    /// For a VM that is not protected yet; `--dry-run` shows the same of a QEMU command line.
+    Doctor {
+        /// The VM's QMP socket.
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+    },
     /// Will it fail over? A throw-away QEMU on the backup loads the last epoch.
     Rehearse {
         #[command(flatten)]

@@ -4,6 +4,7 @@ mod background;
 mod cli;
 mod config;
 mod control;
+mod doctor;
 mod driver;
 mod events;
 mod exit;

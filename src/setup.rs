@@ -28,6 +28,7 @@ use transport::{Arena, TransportConfig, TransportListener};
 use crate::cli::GateName;
 use crate::config::{Mode, QemuSource, Settings};
 use crate::control::ControlServer;
+use crate::doctor;
 use crate::driver::backup::{self, BackupWorker, Standby};
 use crate::driver::primary::{self, PrimaryWorker, Qemu, Workshop};
 use crate::driver::report::Facts;
@@ -389,9 +390,14 @@ fn show(nursery: &mut Nursery, role: Role, settings: &Settings) -> anyhow::Resul
     let Born { process, mut qmp } = nursery.trial().context("trying the command line")?;
     let found = refuse(&mut qmp, settings);
     let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE);
+    // A device that is refused may crash QEMU when it is saved.
+    let devices = found.is_ok().then(|| doctor::examine(&mut qmp));
     process.kill()?;
     found?;
     blocks?;
+    if let Some(devices) = devices {
+        print!("{}", devices.context("saving the devices")?);
+    }
     println!("# nothing in this VM stands in the way");
     Ok(Exit::Clean)
 }

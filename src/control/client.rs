@@ -35,6 +35,7 @@ pub(crate) fn run(operation: Operation) -> anyhow::Result<Exit> {
         Operation::Detach { target } => command(Request::Detach, &target),
         Operation::Switchover { target } => command(Request::Switchover, &target),
         Operation::Continue { target } => command(Request::Continue, &target),
+        Operation::Doctor { qmp } => crate::doctor::run(&qmp),
         Operation::Rehearse { target } => command(Request::Rehearse, &target),
     }
 }
