@@ -105,7 +105,7 @@ fn advice(section: &Section) -> Option<&'static str> {
     if is("virtio") && section.bytes > MODERN_VIRTIO_BYTES {
         return Some(
             "a modern virtio device saves 1,024 queues, used or not: with disable-modern=on on both \
-             sides it takes a twentieth (the guest must boot with it)",
+             sides it takes a fortieth (the guest must boot with it)",
         );
     }
     let emulated = is("e1000") || section.name == "e1000e";

@@ -77,7 +77,12 @@ fn cases(options: &Options) -> Result<Vec<Case>> {
         case("pages_0", "idle Linux", linux(0, 256)?, true),
         case("pages_900", "900 pages in 20 ms", linux(900, 256)?, true),
         case("ungated", "900 pages, no gate", linux(900, 256)?, false),
-        case("pages_10000", "10,000 pages", linux(10_000, 256)?, true),
+        case(
+            "pages_10000",
+            "10,000 pages in 20 ms",
+            linux(10_000, 256)?,
+            true,
+        ),
         case("ram_1024", "900 pages, RAM 1 GiB", linux(900, 1024)?, true),
     ];
     if options.full {
@@ -341,6 +346,7 @@ fn behind(seen: &[Seen]) -> Figure {
         "p99",
         "max",
         "KiB an epoch",
+        "dirty KiB",
     ]);
     let rows: Vec<_> = seen
         .iter()
@@ -354,6 +360,7 @@ fn behind(seen: &[Seen]) -> Figure {
                 at(99.0),
                 at(100.0),
                 number(one.middle(|e| e.bytes as f64 / 1024.0)),
+                number(one.middle(|e| e.dirty_pages as f64 * 4.0)),
             ]);
             let ship = |e: &Epoch| e.ship_us.unwrap_or(e.commit_us) as f64;
             let ack = one.middle(|e| (e.commit_us as f64 - ship(e)).max(0.0));
