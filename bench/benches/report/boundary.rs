@@ -14,6 +14,8 @@ use crate::options::Options;
 
 /// The longest epoch of a guest that works, in every case of this group.
 const EPOCH: Duration = Duration::from_millis(20);
+/// That most guests here write every 20 ms.
+const USUAL_PAGES: u32 = 900;
 /// The limits that the issue sets.
 const P50_OF_FLOOR: f64 = 1.2;
 const P99_OF_FLOOR: f64 = 2.0;
@@ -75,15 +77,30 @@ fn cases(options: &Options) -> Result<Vec<Case>> {
     };
     let mut cases = vec![
         case("pages_0", "idle Linux", linux(0, 256)?, true),
-        case("pages_900", "900 pages in 20 ms", linux(900, 256)?, true),
-        case("ungated", "900 pages, no gate", linux(900, 256)?, false),
+        case(
+            "pages_900",
+            "900 pages in 20 ms",
+            linux(USUAL_PAGES, 256)?,
+            true,
+        ),
+        case(
+            "ungated",
+            "900 pages, no gate",
+            linux(USUAL_PAGES, 256)?,
+            false,
+        ),
         case(
             "pages_10000",
             "10,000 pages in 20 ms",
             linux(10_000, 256)?,
             true,
         ),
-        case("ram_1024", "900 pages, RAM 1 GiB", linux(900, 1024)?, true),
+        case(
+            "ram_1024",
+            "900 pages, RAM 1 GiB",
+            linux(USUAL_PAGES, 1024)?,
+            true,
+        ),
     ];
     if options.full {
         cases.push(case("pages_300", "300 pages", linux(300, 256)?, true));
@@ -91,10 +108,10 @@ fn cases(options: &Options) -> Result<Vec<Case>> {
         cases.push(case(
             "ram_4096",
             "900 pages, RAM 4 GiB",
-            linux(900, 4096)?,
+            linux(USUAL_PAGES, 4096)?,
             true,
         ));
-        let mut newer = linux(900, 256)?;
+        let mut newer = linux(USUAL_PAGES, 256)?;
         newer.qemu = bench::cache::qemu_10()?;
         newer.machine = "q35".into();
         newer.vcpus = 2;
@@ -125,6 +142,7 @@ fn report(seen: &[Seen]) -> Group {
         data: Value::Object(data),
         figures: [
             Some(pauses(seen)),
+            Some(by_dirt(seen)),
             tail(seen),
             Some(phases(seen)),
             Some(behind(seen)),
@@ -195,10 +213,13 @@ fn pauses(seen: &[Seen]) -> Figure {
     for one in seen {
         let ms = |latency: &Latency, percent| latency.percentile_us(percent) / 1e3;
         for (kind, latency) in [("", &one.pause), (" · floor", &one.floor)] {
-            rows.push(Bar {
-                label: format!("{}{kind}", one.case.label),
-                parts: vec![latency.p50_us() / 1e3],
-            });
+            // The others would be too short to see beside them.
+            if one.case.guest.workload_pages <= USUAL_PAGES {
+                rows.push(Bar {
+                    label: format!("{}{kind}", one.case.label),
+                    parts: vec![latency.p50_us() / 1e3],
+                });
+            }
         }
         let [pause, floor] = [&one.pause, &one.floor];
         table.row([
@@ -227,6 +248,48 @@ fn pauses(seen: &[Seen]) -> Figure {
     }
 }
 
+fn by_dirt(seen: &[Seen]) -> Figure {
+    let mut sizes: Vec<_> = seen
+        .iter()
+        .filter(|one| one.case.name.starts_with("pages_"))
+        .collect();
+    sizes.sort_by_key(|one| one.case.guest.workload_pages);
+    let series = |name: &str, limit, value: fn(&Seen) -> f64| Series {
+        name: name.into(),
+        points: sizes
+            .iter()
+            .map(|one| (one.middle(|e| e.dirty_pages as f64), value(one) / 1e3))
+            .collect(),
+        limit,
+    };
+    let most = sizes.last().expect("every run has these guests");
+    Figure {
+        heading: "By dirty pages, median".into(),
+        plot: lines(
+            Axis {
+                label: "dirty pages in an epoch",
+                scale: Scale::Log,
+            },
+            Axis {
+                label: "ms",
+                scale: Scale::Log,
+            },
+            &[
+                series("pause", false, |one| one.pause.p50_us()),
+                series("floor", true, |one| one.floor.p50_us()),
+                series("harvest", false, |one| one.middle(|e| e.harvest_us as f64)),
+            ],
+        ),
+        sentence: format!(
+            "Each dirty page is copied while the guest stands still: {} of them take {} ms, at {} GB/s.",
+            number(most.middle(|e| e.dirty_pages as f64)),
+            number(most.middle(|e| e.copy_us as f64) / 1e3),
+            number(most.gather_speed())
+        ),
+        table: Table::default(),
+    }
+}
+
 /// The guest that the limits are about.
 fn usual(seen: &[Seen]) -> &Seen {
     let usual = seen.iter().find(|one| one.case.name == "pages_900");
@@ -247,8 +310,7 @@ fn tail(seen: &[Seen]) -> Option<Figure> {
             .collect(),
         limit,
     };
-    let interval = EPOCH;
-    let scheduled = Latency::of_scheduled_us(&one.runs.pauses_us, interval);
+    let scheduled = Latency::of_scheduled_us(&one.runs.pauses_us, EPOCH);
     Some(Figure {
         heading: "The rare ones: 900 pages in 20 ms".into(),
         plot: lines(

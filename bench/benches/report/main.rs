@@ -34,7 +34,7 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     // Asked before anything runs: the load is that of others.
-    let machine = machine::describe(&[&options.qemu]);
+    let machine = machine::describe(&options::command_line(), &[&options.qemu]);
     let began = Instant::now();
     // Its own report is on the terminal and in `target/criterion`.
     let mut criterion = Criterion::default().without_plots();

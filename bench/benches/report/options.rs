@@ -82,6 +82,16 @@ impl Options {
     }
 }
 
+/// As it was typed: cargo adds `--bench`.
+pub(crate) fn command_line() -> String {
+    let own = std::env::args().skip(1).filter(|word| word != "--bench");
+    let own: Vec<_> = own.collect();
+    match own.is_empty() {
+        true => "cargo bench".to_owned(),
+        false => format!("cargo bench -- {}", own.join(" ")),
+    }
+}
+
 /// Silence is not what is measured here, and a machine whose few processors emulate three guests may
 /// keep a daemon off them for longer than the default.
 pub(crate) const PATIENT: [&str; 2] = ["--failover-after-ms", "8000"];

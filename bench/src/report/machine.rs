@@ -9,7 +9,7 @@ use crate::cache;
 
 /// What a figure can't be read without: revision, kernel, processor, QEMUs and the command line.
 /// What can't be found out is `null`.
-pub fn describe(qemus: &[&Path]) -> Value {
+pub fn describe(command: &str, qemus: &[&Path]) -> Value {
     let repo = cache::repo();
     let git = |arguments: &[&str]| said(Command::new("git").arg("-C").arg(&repo).args(arguments));
     let changed = git(&["status", "--porcelain", "--untracked-files=no"]);
@@ -30,7 +30,7 @@ pub fn describe(qemus: &[&Path]) -> Value {
         "qemu": qemus,
         "date": said(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"])),
         "load_before": std::fs::read_to_string("/proc/loadavg").ok().map(|t| t.trim().to_owned()),
-        "command": std::env::args().collect::<Vec<_>>().join(" "),
+        "command": command,
     })
 }
 

@@ -207,8 +207,8 @@ impl Range {
                 }
             }
             Scale::Log if low.is_finite() => {
-                let low = 10_f64.powf(low.log10().floor());
-                let high = 10_f64.powf(high.log10().ceil()).max(low * 10.0);
+                let low = round_below(low);
+                let high = round_above(high).max(low * 2.0);
                 Range { scale, low, high }
             }
             Scale::Log => Range {
@@ -239,11 +239,35 @@ impl Range {
                 (0..=count).map(|n| f64::from(n) * step).collect()
             }
             Scale::Log => {
-                let decades = (self.high / self.low).log10().round() as i32;
-                (0..=decades).map(|n| self.low * 10_f64.powi(n)).collect()
+                let decades = (self.high / self.low).log10();
+                let all = ROUND.iter().take(if decades > 3.0 { 1 } else { 3 });
+                let first = self.low.log10().floor() as i32;
+                let last = self.high.log10().ceil() as i32;
+                let at = |power: i32| all.clone().map(move |part| part * 10_f64.powi(power));
+                (first..=last)
+                    .flat_map(at)
+                    .filter(|tick| *tick >= self.low * 0.999 && *tick <= self.high * 1.001)
+                    .collect()
             }
         }
     }
+}
+
+/// Where a logarithmic axis may begin, end and be ticked.
+const ROUND: [f64; 3] = [1.0, 2.0, 5.0];
+
+/// The largest 1, 2 or 5 times a power of ten that is not above a number.
+fn round_below(value: f64) -> f64 {
+    let unit = 10_f64.powf(value.log10().floor());
+    let fits = ROUND.iter().rev().find(|part| *part * unit <= value);
+    fits.unwrap_or(&1.0) * unit
+}
+
+/// The smallest that is not below it.
+fn round_above(value: f64) -> f64 {
+    let unit = 10_f64.powf(value.log10().floor());
+    let fits = ROUND.iter().find(|part| *part * unit >= value);
+    fits.unwrap_or(&10.0) * unit
 }
 
 /// A round step that divides an axis into five parts or fewer.
@@ -317,15 +341,22 @@ mod tests {
     }
 
     #[test]
-    fn axes_begin_at_zero_or_at_a_power_of_ten() {
+    fn axes_begin_at_zero_or_at_a_round_number() {
         let linear = Range::of(Scale::Linear, [3.0, 87.0].into_iter());
         assert_eq!((linear.low, linear.high), (0.0, 100.0));
         assert_eq!(linear.ticks(), [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]);
-        let log = Range::of(Scale::Log, [0.0, 3.0, 870.0].into_iter());
-        assert_eq!((log.low, log.high), (1.0, 1000.0));
-        assert_eq!(log.ticks().len(), 4);
+        let log = Range::of(Scale::Log, [0.0, 5.0, 87.0].into_iter());
+        assert_eq!((log.low, log.high), (5.0, 100.0));
+        assert_eq!(log.ticks(), [5.0, 10.0, 20.0, 50.0, 100.0]);
+        let short = Range::of(Scale::Log, [21.0].into_iter());
+        assert_eq!((short.low, short.high), (20.0, 50.0));
+        let wide = Range::of(Scale::Log, [1.0, 65_536.0].into_iter());
+        assert_eq!(
+            (wide.low, wide.high, wide.ticks().len()),
+            (1.0, 100_000.0, 6)
+        );
         // Nothing to show is no reason to end.
-        assert_eq!(Range::of(Scale::Log, std::iter::empty()).ticks().len(), 2);
+        assert_eq!(Range::of(Scale::Log, std::iter::empty()).ticks().len(), 4);
     }
 
     #[test]
