@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bench::report::{Group, machine, page, to_json};
 use clap::Parser;
 use criterion::Criterion;
@@ -39,14 +39,20 @@ fn run(options: &Options) -> Result<()> {
     // Its own report is on the terminal and in `target/criterion`.
     let mut criterion = Criterion::default().without_plots();
     let mut groups = Vec::new();
+    let mut failed = Vec::new();
     for name in options.groups() {
         eprintln!(
             "report: {name} ({:.0} s so far)",
             began.elapsed().as_secs_f64()
         );
-        let group =
-            measure(name, options, &mut criterion).with_context(|| format!("measuring {name}"))?;
-        groups.push(group);
+        match measure(name, options, &mut criterion) {
+            Ok(group) => groups.push(group),
+            // The others are worth having; what failed is named at the end, and by the exit code.
+            Err(error) => {
+                eprintln!("report: measuring {name}: {error:#}");
+                failed.push(name.to_string());
+            }
+        }
         // After each group, so that an interrupted run leaves what it has.
         write(&options.out, &machine, &groups)?;
     }
@@ -68,6 +74,7 @@ fn run(options: &Options) -> Result<()> {
         options.out.join("index.html").display(),
         began.elapsed().as_secs_f64()
     );
+    ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
     Ok(())
 }
 

@@ -83,15 +83,13 @@ fn of_guest(
 ) -> Result<Vec<Seen>> {
     let time = Duration::from_secs(options.pick(2, 10));
     let mut stage = Stage::start(guest)?;
+    if job != "none" {
+        stage.wait_for_work()?;
+    }
     let mut all: Vec<_> = lengths.iter().map(|&ms| Seen::new(job, ms)).collect();
     for _ in 0..options.pick(3, 7) {
         for seen in &mut all {
             let free = stage.watch(time)?;
-            let works = job == "none" || free.rate > 0.0;
-            ensure!(
-                works,
-                "the guest does not do its job {job}: run scripts/setup"
-            );
             seen.free.push(free);
             stage.protect(seen, time)?;
         }
@@ -131,6 +129,19 @@ impl Stage {
             attached: 0,
             place,
         })
+    }
+
+    /// The job has to be loaded, and its memory to be made.
+    fn wait_for_work(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.memory.read_u64(self.page + 8)? == 0 {
+            ensure!(
+                Instant::now() < deadline,
+                "the guest does not work: run scripts/setup"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
     }
 
     fn watch(&self, time: Duration) -> Result<Progress> {
