@@ -140,8 +140,9 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N")]
     pub(crate) audit_every: Option<u64>,
     /// Primary: what holds the guest's packets until the backup has their epoch. `filter` works with
-    /// every netdev without vhost and with one queue; `off` lets them go at once, and clients may
-    /// see what a failover undoes [default: auto].
+    /// every netdev without vhost and with one queue, `plug` with every tap, on kernels with sch_plug
+    /// and ifb; `off` lets them go at once, and clients may see what a failover undoes. `auto` takes
+    /// the first that works for all NICs [default: auto].
     #[arg(long, value_enum)]
     pub(crate) gate: Option<GateName>,
     /// What carries the epochs. `auto` is RDMA where both hosts have it, else TCP [default: auto].
@@ -228,6 +229,7 @@ pub(crate) enum TrackerName {
 pub(crate) enum GateName {
     Auto,
     Filter,
+    Plug,
     Off,
 }
 

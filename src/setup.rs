@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use qemu_bridge::blocks::{RamBlock, ram_blocks};
 use qemu_bridge::device_state::StateSink;
-use qemu_bridge::gate::{FilterGate, Gate, GateError, NoGate, Output, outputs};
+use qemu_bridge::gate::{FilterGate, Gate, GateError, NoGate, Output, PlugGate, outputs};
 use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::qmp::{Command, Qmp};
 use qemu_bridge::refusals::{Allowances, Refusal, refusals};
@@ -129,7 +129,7 @@ fn prepare_primary(
     let (tracker, said, scan) = prove_tracker(settings, &ram, &mut qmp, running)?;
     tracing::info!("{said}");
     let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
-    let (gate, gate_name) = install_gate(settings, &mut qmp)?;
+    let (gate, gate_name) = install_gate(settings, &mut qmp, process.pid())?;
     // Without a gate that tells of waiting output, every epoch is the longest that may be.
     let epoch_idle = match gate.waiting_fd() {
         Some(_) => settings.epoch_idle,
@@ -324,14 +324,19 @@ fn refuse(qmp: &mut Qmp, settings: &Settings) -> anyhow::Result<()> {
 }
 
 /// Holds the output of every NIC.
-fn install_gate(settings: &Settings, qmp: &mut Qmp) -> anyhow::Result<(Box<dyn Gate>, String)> {
+fn install_gate(
+    settings: &Settings,
+    qmp: &mut Qmp,
+    pid: i32,
+) -> anyhow::Result<(Box<dyn Gate>, String)> {
     if settings.gate == GateName::Off {
         return Ok((Box::new(NoGate), "off".to_owned()));
     }
-    let nics = parse_network(&qmp.human("info network", ANSWER_PATIENCE)?);
+    let mut nics = parse_network(&qmp.human("info network", ANSWER_PATIENCE)?);
     // A netdev that no NIC uses has nothing of the guest's to send.
-    let used = nics.iter().filter(|nic| !nic.model.is_empty());
-    let netdevs: Vec<_> = used
+    nics.retain(|nic| !nic.model.is_empty());
+    let netdevs: Vec<_> = nics
+        .iter()
         .flat_map(|nic| nic.netdevs.iter().map(|netdev| netdev.id.clone()))
         .collect();
     if netdevs.is_empty() {
@@ -340,14 +345,30 @@ fn install_gate(settings: &Settings, qmp: &mut Qmp) -> anyhow::Result<(Box<dyn G
             "not needed, the VM has no network".to_owned(),
         ));
     }
-    match FilterGate::install(qmp, &netdevs, ANSWER_PATIENCE) {
-        Ok(gate) => {
-            let name = gate.name();
-            Ok((Box::new(gate), name))
-        }
-        Err(error @ GateError::Unsupported { .. }) => Err(exit::Refusal(error.to_string()).into()),
-        Err(error) => Err(error.into()),
-    }
+    let no_filter = match settings.gate {
+        GateName::Plug => None,
+        _ => match FilterGate::install(qmp, &netdevs, ANSWER_PATIENCE) {
+            Ok(gate) => {
+                let name = gate.name();
+                return Ok((Box::new(gate), name));
+            }
+            Err(error @ GateError::Unsupported { .. }) => Some(error.to_string()),
+            Err(error) => return Err(error.into()),
+        },
+    };
+    let no_plug = match settings.gate {
+        GateName::Filter => None,
+        _ => match PlugGate::install(&nics, pid) {
+            Ok(gate) => {
+                let name = gate.name();
+                return Ok((Box::new(gate), name));
+            }
+            Err(error @ GateError::NoPlug { .. }) => Some(error.to_string()),
+            Err(error) => return Err(error.into()),
+        },
+    };
+    let reasons: Vec<_> = no_filter.into_iter().chain(no_plug).collect();
+    Err(exit::Refusal(reasons.join("; ")).into())
 }
 
 fn refuse_all(found: &[Refusal]) -> anyhow::Result<()> {

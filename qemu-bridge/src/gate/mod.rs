@@ -9,6 +9,7 @@
 mod filter;
 mod frames;
 mod outputs;
+mod plug;
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -16,6 +17,7 @@ use std::os::fd::BorrowedFd;
 use crate::qmp::{Command, QmpError};
 pub use filter::FilterGate;
 pub use outputs::{Output, outputs};
+pub use plug::PlugGate;
 
 /// What the epoch engine wants of a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +37,12 @@ pub trait Gate: Send + fmt::Debug {
     /// For people: which gate, on what.
     fn name(&self) -> String;
 
+    /// Whether [`Gate::perform`] carries out an operation itself. Then the caller has to wait until
+    /// the guest is paused, where the operation wants that.
+    fn acts_at_once(&self) -> bool {
+        false
+    }
+
     /// Carries out an operation: at once, or by the commands that it returns. Those go to QEMU in
     /// one write, after what was sent before; one that fails means that the gate can't be relied on.
     ///
@@ -51,8 +59,11 @@ pub trait Gate: Send + fmt::Debug {
     /// Packets that were lost because more came in an epoch than a stage holds.
     fn dropped_packets(&self) -> u64;
 
-    /// What takes the gate out of QEMU; held packets leave.
+    /// Takes the gate away, itself or by the commands that it returns; held packets leave.
     fn remove(&mut self) -> Vec<Command>;
+
+    /// QEMU has ended: what is still held on the host is thrown away.
+    fn discard(&mut self) {}
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +73,12 @@ pub enum GateError {
          one queue, --gate plug for a tap, or --gate off (then clients may see what a failover undoes)"
     )]
     Unsupported { netdev: String, why: String },
+    #[error(
+        "netdev {netdev} can't be gated by plug ({why}): use a tap and a kernel with sch_plug and ifb, \
+         --gate filter for a netdev without vhost and with one queue, or --gate off (then clients may \
+         see what a failover undoes)"
+    )]
+    NoPlug { netdev: String, why: String },
     #[error(transparent)]
     Qmp(#[from] QmpError),
     #[error("{operation} for the output gate failed")]

@@ -18,7 +18,7 @@ use crate::blocks::RamBlock;
 use crate::qmp::{Command, Qmp, QmpError, QmpFailure};
 use crate::spawn::QemuVersion;
 
-pub use network::{Nic, parse_network};
+pub use network::{Netdev, Nic, parse_network};
 pub(crate) use watch::migration_blockers;
 pub use watch::{Finding, ShapeWatch};
 

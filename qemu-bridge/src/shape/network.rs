@@ -18,6 +18,10 @@ pub struct Netdev {
     pub id: String,
     /// `user`, `tap`, `vhost-user`, …
     pub kind: String,
+    /// Of a tap that QEMU has opened by name.
+    pub ifname: Option<String>,
+    /// Of a tap that QEMU was given.
+    pub fd: Option<i32>,
 }
 
 impl Nic {
@@ -58,6 +62,8 @@ pub fn parse_network(text: &str) -> Vec<Nic> {
         let netdev = Netdev {
             id: name.to_owned(),
             kind: kind.to_owned(),
+            ifname: value("ifname").map(str::to_owned),
+            fd: value("fd").and_then(|fd| fd.parse().ok()),
         };
         match (peer, nics.last_mut()) {
             (Some(_), Some(nic)) if kind != "nic" => nic.netdevs.push(netdev),

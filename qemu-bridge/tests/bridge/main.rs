@@ -5,6 +5,7 @@ mod costs;
 mod guardian;
 mod guests;
 mod inject;
+mod plug;
 mod qmp;
 mod ram;
 mod refusals;

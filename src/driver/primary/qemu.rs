@@ -16,6 +16,7 @@ use qemu_bridge::shape::{Finding, ShapeWatch};
 use qemu_bridge::spawn::QemuProcess;
 use serde_json::Value;
 
+use super::work::describe;
 use super::workshop::Workshop;
 use crate::driver::clock;
 use crate::driver::proof::HeldProofs;
@@ -65,6 +66,8 @@ pub(crate) struct Qemu {
     sink: StateSink,
     watch: ShapeWatch,
     gate: Box<dyn Gate>,
+    /// To be carried out when the guest has stopped, by a gate that acts at once.
+    gate_waits: Option<Operation>,
     /// It can't be relied on: nothing is released any more.
     gate_broken: bool,
     /// Its opening may be on the way.
@@ -98,6 +101,7 @@ impl Qemu {
             sink,
             watch,
             gate,
+            gate_waits: None,
             gate_broken: false,
             gate_opening: false,
             changed: None,
@@ -150,9 +154,19 @@ impl Qemu {
     /// Closes the gate, or moves what it holds on. → [`QemuInput::GateMoved`]
     pub(super) fn move_gate(&mut self, operation: Operation, inputs: &mut Vec<QemuInput>) {
         self.gate_opening = false;
-        if self.operate(operation, Purpose::MoveGate, inputs) {
+        if self.gate.acts_at_once() && self.is_stopping() {
+            self.gate_waits = Some(operation);
+        } else if self.operate(operation, Purpose::MoveGate, inputs) {
             inputs.push(QemuInput::GateMoved);
         }
+    }
+
+    /// Whether a `stop` has no answer yet.
+    fn is_stopping(&self) -> bool {
+        let asked = self.batch.iter().map(|(_, purpose)| purpose);
+        asked
+            .chain(self.pending.values())
+            .any(|purpose| *purpose == Purpose::Pause)
     }
 
     /// Lets the acknowledged epoch's output out. → [`QemuInput::Released`]
@@ -167,6 +181,9 @@ impl Qemu {
 
     pub(super) fn open_gate(&mut self, inputs: &mut Vec<QemuInput>) {
         self.gate_opening = true;
+        if self.gate_waits.take().is_some() {
+            inputs.push(QemuInput::GateMoved); // and at once open again
+        }
         self.operate(Operation::Open, Purpose::GateStep, inputs);
     }
 
@@ -180,7 +197,7 @@ impl Qemu {
         let commands = match self.gate.perform(operation) {
             Ok(commands) => commands,
             Err(error) => {
-                self.break_gate(&error.to_string(), inputs);
+                self.fail_gate(purpose, describe(&error), inputs);
                 return false;
             }
         };
@@ -196,11 +213,15 @@ impl Qemu {
         steps == 0
     }
 
-    fn break_gate(&mut self, text: &str, inputs: &mut Vec<QemuInput>) {
+    fn fail_gate(&mut self, purpose: Purpose, text: String, inputs: &mut Vec<QemuInput>) {
         self.gate_broken = true;
         let what = format!("the output gate can't be relied on any more: {text}");
         self.changed = Some(what.clone());
         inputs.push(QemuInput::ShapeChanged(what));
+        if purpose == Purpose::MoveGate {
+            let step = Step::Gate;
+            inputs.push(QemuInput::Failed { step, text });
+        }
     }
 
     /// Readable when the guest has sent something.
@@ -410,13 +431,7 @@ impl Qemu {
                     (Ok(_), Purpose::MoveGate) => inputs.push(QemuInput::GateMoved),
                     (Ok(_), Purpose::Release(epoch)) => inputs.push(QemuInput::Released(epoch)),
                     (Ok(_), _) => {}
-                    (Err(text), purpose) => {
-                        self.break_gate(&text, inputs);
-                        if purpose == Purpose::MoveGate {
-                            let step = Step::Gate;
-                            inputs.push(QemuInput::Failed { step, text });
-                        }
-                    }
+                    (Err(text), purpose) => self.fail_gate(purpose, text, inputs),
                 }
                 return;
             }
@@ -445,6 +460,13 @@ impl Qemu {
             },
         };
         inputs.push(input);
+        // Also of a `stop` that failed: the machine waits for the gate's answer.
+        if purpose == Purpose::Pause
+            && !self.is_stopping()
+            && let Some(operation) = self.gate_waits.take()
+        {
+            self.move_gate(operation, inputs);
+        }
     }
 
     fn on_event(&mut self, name: &str, _data: &Value, inputs: &mut Vec<QemuInput>) {
@@ -465,6 +487,15 @@ impl Qemu {
     pub(super) fn leave(mut self, workshop: Workshop, guest_stays: bool) {
         workshop.leave();
         if self.gone || self.ended || !guest_stays {
+            // Not before QEMU has ended: a gate that is away holds nothing.
+            let patience = if self.ended {
+                LEAVE_PATIENCE
+            } else {
+                Duration::ZERO
+            };
+            if matches!(self.process.wait(patience), Ok(true)) {
+                self.gate.discard();
+            }
             return;
         }
         let mut last = self.gate.remove();

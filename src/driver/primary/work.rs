@@ -484,7 +484,7 @@ fn failed(step: Step, error: &dyn std::error::Error) -> Done {
 }
 
 /// An error with its sources, on one line.
-fn describe(error: &dyn std::error::Error) -> String {
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

@@ -1,0 +1,387 @@
+//! The gate outside of QEMU, for any tap, with vhost or several queues: the queueing discipline
+//! `plug` (net/sched/sch_plug.c).
+//!
+//! ```text
+//!   guest ─► tap ─ clsact, redirect ─► ifb with plug ─► back into the tap, and on to the bridge
+//! ```
+//!
+//! What the guest sends comes *in* at the tap, and a plug is for what goes *out*: so it is sent
+//! through a device that has such a queue (drivers/net/ifb.c), which gives it back to the tap. A
+//! plug counts the packets since its last `BUFFER` and of the epoch before; `RELEASE_ONE` lets the
+//! latter go. A second `BUFFER` before that would forget how many they were, so there is none: see
+//! [`Stage::Moved`].
+//!
+//! All of this is the kernel's. When the daemon ends, packets stay held; a plug or a device that
+//! somebody removes takes what it holds along, and the redirection into nothing drops the rest.
+//! Waiting output is noticed by the tap's own counter, which a packet raises before it is held and
+//! not again when it is released.
+
+mod message;
+mod netlink;
+mod tap;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use super::{Gate, GateError, Operation};
+use crate::qmp::Command;
+use crate::shape::Nic;
+use netlink::{Netlink, Plug, QueueStatistics};
+use tap::find_taps;
+
+/// Bytes that a plug holds for one NIC, of both epochs; it drops what is over. An epoch of 20 ms
+/// at 25 Gbit/s.
+const HELD_BYTES: u32 = 64 << 20;
+/// How often the taps' counters are looked at, until output is found.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// A queue that was opened drains within microseconds. How often, and how far apart, to look.
+const DRAIN_LOOKS: u32 = 100;
+const DRAIN_PAUSE: Duration = Duration::from_micros(50);
+
+/// The gate of all NICs of one QEMU.
+#[derive(Debug)]
+pub struct PlugGate {
+    netlink: Netlink,
+    nics: Vec<PluggedNic>,
+    stage: Stage,
+    /// Runs while the gate is closed and nothing is known to wait.
+    look: TimerFd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Open,
+    /// The next boundary moves what was sent since the last one.
+    Closed,
+    /// Moved, and not released. The boundary may have been aborted: the next one then moves
+    /// nothing, and what was sent between the two leaves with the release after the next.
+    Moved,
+}
+
+#[derive(Debug)]
+struct PluggedNic {
+    netdev: String,
+    tap: String,
+    tap_device: u32,
+    ifb_device: u32,
+    /// `/sys/class/net/TAP/statistics/rx_packets`: what the guest has sent.
+    sent: File,
+    /// `None`: whatever it is, there is output.
+    sent_seen: Option<u64>,
+    dropped: u32,
+}
+
+impl PlugGate {
+    /// Puts an open plug behind the tap of each NIC of the QEMU with process id `pid`. What an
+    /// earlier daemon has left is removed, and what that held is dropped.
+    ///
+    /// # Errors
+    /// A NIC isn't on a tap, or the kernel refuses. Nothing is left behind.
+    pub fn install(nics: &[Nic], pid: i32) -> Result<PlugGate, GateError> {
+        let mut gate = PlugGate {
+            netlink: Netlink::open().map_err(|e| failed("opening netlink", e))?,
+            nics: Vec::new(),
+            stage: Stage::Open,
+            look: TimerFd::new(
+                ClockId::CLOCK_MONOTONIC,
+                TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
+            )
+            .map_err(|e| failed("timerfd_create", e.into()))?,
+        };
+        for found in find_taps(nics, pid)? {
+            let unsupported = |why: String| GateError::NoPlug {
+                netdev: found.netdev.clone(),
+                why,
+            };
+            let nic = PluggedNic::install(&mut gate.netlink, &found.netdev, &found.tap);
+            match nic {
+                Ok(nic) => gate.nics.push(nic),
+                Err(why) => {
+                    let error = unsupported(why);
+                    gate.take_down();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(gate)
+    }
+
+    fn tell(&mut self, plug: Plug) -> Result<(), GateError> {
+        for nic in &mut self.nics {
+            let told = self.netlink.plug(nic.ifb_device, plug);
+            let QueueStatistics { drops, .. } = told.map_err(|e| failed("moving the plug", e))?;
+            nic.dropped = drops;
+        }
+        Ok(())
+    }
+
+    /// Lets everything pass, and waits until nothing is on its way through an open plug any more:
+    /// a plug does not count that for an epoch, and would hold later packets back in its stead.
+    fn open_and_drain(&mut self) -> Result<(), GateError> {
+        for _ in 0..DRAIN_LOOKS {
+            let mut waiting = 0;
+            for nic in &self.nics {
+                let told = self.netlink.plug(nic.ifb_device, Plug::ReleaseIndefinite);
+                waiting += told.map_err(|e| failed("opening the plug", e))?.packets;
+            }
+            if waiting == 0 {
+                return Ok(());
+            }
+            sleep(DRAIN_PAUSE);
+        }
+        Err(failed(
+            "emptying the plug",
+            io::Error::from(io::ErrorKind::TimedOut),
+        ))
+    }
+
+    /// What was sent until now is not new any more.
+    fn begin_epoch(&mut self) -> Result<(), GateError> {
+        for nic in &mut self.nics {
+            nic.has_sent();
+        }
+        self.watch(true)
+    }
+
+    /// Whether to look for output from now on.
+    fn watch(&mut self, on: bool) -> Result<(), GateError> {
+        let set = match on {
+            true => self.look.set(
+                Expiration::Interval(TimeSpec::from_duration(LOOK_EVERY)),
+                TimerSetTimeFlags::empty(),
+            ),
+            false => self.look.unset(),
+        };
+        set.map_err(|e| failed("setting a timer", e.into()))
+    }
+
+    /// Nothing is redirected any more; what is held stays.
+    fn disconnect(&mut self) {
+        for nic in &self.nics {
+            nic.disconnect(&mut self.netlink);
+        }
+    }
+
+    fn take_down(&mut self) {
+        self.disconnect();
+        for nic in self.nics.drain(..) {
+            let removed = self.netlink.remove_device(nic.ifb_device);
+            if let Err(error) = removed {
+                tracing::warn!("removing the plug of {}: {error}", nic.tap);
+            }
+        }
+    }
+}
+
+impl Gate for PlugGate {
+    fn name(&self) -> String {
+        let taps = self
+            .nics
+            .iter()
+            .map(|n| format!("{} ({})", n.netdev, n.tap));
+        format!("plug on {}", taps.collect::<Vec<_>>().join(", "))
+    }
+
+    fn acts_at_once(&self) -> bool {
+        true
+    }
+
+    fn perform(&mut self, operation: Operation) -> Result<Vec<Command>, GateError> {
+        match (operation, self.stage) {
+            (Operation::Close | Operation::Advance, Stage::Open) => {
+                self.open_and_drain()?;
+                self.tell(Plug::Buffer)?;
+                self.stage = Stage::Closed;
+                self.begin_epoch()?;
+            }
+            (Operation::Advance, Stage::Closed) => {
+                self.tell(Plug::Buffer)?;
+                self.stage = Stage::Moved;
+                self.begin_epoch()?;
+            }
+            (Operation::Advance, Stage::Moved) => {
+                // What was sent since is output that waits for another boundary.
+                self.nics.iter_mut().for_each(|nic| nic.sent_seen = None);
+                self.watch(true)?;
+            }
+            (Operation::Release, Stage::Moved) => {
+                self.tell(Plug::ReleaseOne)?;
+                self.stage = Stage::Closed;
+            }
+            (Operation::Open, _) => {
+                self.tell(Plug::ReleaseIndefinite)?;
+                self.stage = Stage::Open;
+                self.watch(false)?;
+            }
+            // The epoch that closed the gate has nothing to release.
+            (Operation::Release, Stage::Closed | Stage::Open)
+            | (Operation::Close, Stage::Closed | Stage::Moved) => {}
+        }
+        Ok(Vec::new())
+    }
+
+    fn waiting_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.look.as_fd())
+    }
+
+    fn drain(&mut self) -> bool {
+        let mut any = false;
+        for nic in &mut self.nics {
+            any |= nic.has_sent();
+        }
+        // Either way readable no more: until the next look, or the next boundary.
+        let set = if any {
+            self.watch(false)
+        } else {
+            let mut ticks = [0; 8];
+            match nix::unistd::read(&self.look, &mut ticks) {
+                Ok(_) | Err(nix::errno::Errno::EAGAIN) => Ok(()),
+                Err(error) => Err(failed("reading a timer", error.into())),
+            }
+        };
+        if let Err(error) = set {
+            tracing::warn!("noticing output: {error}");
+        }
+        any
+    }
+
+    fn dropped_packets(&self) -> u64 {
+        self.nics.iter().map(|nic| u64::from(nic.dropped)).sum()
+    }
+
+    fn remove(&mut self) -> Vec<Command> {
+        // First what is held, and then what came to it until the redirection ended.
+        let opened = self.open_and_drain();
+        self.disconnect();
+        if let Err(error) = opened.and_then(|()| self.open_and_drain()) {
+            tracing::warn!("some held packets may be lost: {error}");
+        }
+        self.take_down();
+        Vec::new()
+    }
+
+    fn discard(&mut self) {
+        self.take_down();
+    }
+}
+
+impl PluggedNic {
+    /// # Errors
+    /// What the kernel refused, for people. Nothing is left behind.
+    fn install(netlink: &mut Netlink, netdev: &str, tap: &str) -> Result<PluggedNic, String> {
+        let tap_device = index_of(tap).ok_or_else(|| {
+            format!("{tap} is not in this network namespace: run the daemon where the tap is")
+        })?;
+        let counter = format!("/sys/class/net/{tap}/statistics/rx_packets");
+        let sent = File::open(&counter).map_err(|e| format!("opening {counter}: {e}"))?;
+        // A tap is told by its number: it may have been renamed.
+        let ifb = format!("ftplug{tap_device}");
+        if let Some(left) = index_of(&ifb) {
+            // It was made together with the tap's clsact.
+            let _ = netlink.remove_clsact(tap_device);
+            let removed = netlink.remove_device(left);
+            removed.map_err(|e| format!("removing {ifb}, which another daemon has left: {e}"))?;
+        }
+        let made = netlink.add_ifb(&ifb);
+        made.map_err(|e| format!("making the ifb device {ifb}: {e} (module ifb)"))?;
+        let mut nic = PluggedNic {
+            netdev: netdev.to_owned(),
+            tap: tap.to_owned(),
+            tap_device,
+            ifb_device: 0,
+            sent,
+            sent_seen: Some(0),
+            dropped: 0,
+        };
+        let Some(ifb_device) = index_of(&ifb) else {
+            return Err(format!("{ifb} was made and is not there"));
+        };
+        nic.ifb_device = ifb_device;
+        match nic.connect(netlink) {
+            Ok(()) => Ok(nic),
+            Err((clsact_is_ours, why)) => {
+                if clsact_is_ours {
+                    let _ = netlink.remove_clsact(tap_device);
+                }
+                let _ = netlink.remove_device(ifb_device);
+                Err(why)
+            }
+        }
+    }
+
+    /// The plug first, open: no packet is lost or held.
+    ///
+    /// # Errors
+    /// Why, and whether the tap's clsact was added.
+    fn connect(&self, netlink: &mut Netlink) -> Result<(), (bool, String)> {
+        let (tap, ifb) = (&self.tap, self.ifb_device);
+        let before = |what: &str| {
+            let what = what.to_owned();
+            move |error: io::Error| (false, format!("{what}: {error}"))
+        };
+        netlink.add_plug(ifb, HELD_BYTES).map_err(before(
+            "adding the queueing discipline plug (module sch_plug)",
+        ))?;
+        netlink
+            .plug(ifb, Plug::ReleaseIndefinite)
+            .map_err(before("opening the plug"))?;
+        netlink
+            .switch_on(ifb)
+            .map_err(before("switching the ifb on"))?;
+        netlink.add_clsact(self.tap_device).map_err(|error| {
+            let why = match error.kind() {
+                io::ErrorKind::AlreadyExists => format!(
+                    "{tap} has an ingress queueing discipline already, a rate limit perhaps: remove it \
+                     (tc qdisc del dev {tap} ingress)"
+                ),
+                _ => format!("adding clsact to {tap}: {error} (module sch_ingress)"),
+            };
+            (false, why)
+        })?;
+        netlink.redirect(self.tap_device, ifb).map_err(|error| {
+            let why = format!("redirecting {tap}: {error} (modules cls_matchall and act_mirred)");
+            (true, why)
+        })
+    }
+
+    /// Whether the guest has sent something since the last look.
+    fn has_sent(&mut self) -> bool {
+        let mut text = [0; 32];
+        let read = self.sent.read_at(&mut text, 0);
+        let now = read
+            .ok()
+            .and_then(|length| std::str::from_utf8(&text[..length]).ok())
+            .and_then(|text| text.trim().parse().ok());
+        // A tap that is gone sends nothing.
+        let now = now.or(self.sent_seen);
+        std::mem::replace(&mut self.sent_seen, now) != now
+    }
+
+    fn disconnect(&self, netlink: &mut Netlink) {
+        // A tap that was QEMU's goes with it, and takes its clsact along.
+        if index_of(&self.tap) != Some(self.tap_device) {
+            return;
+        }
+        match netlink.remove_clsact(self.tap_device) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                tracing::warn!("removing the redirection from {}: {error}", self.tap);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn index_of(device: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(device).ok()
+}
+
+fn failed(operation: &'static str, source: io::Error) -> GateError {
+    GateError::System { operation, source }
+}
