@@ -152,8 +152,14 @@ impl Guest {
         let deadline = Instant::now() + PATIENCE;
         let mut dirty = self.dirty_set();
         while !dirty.runs().eq([self.touched()]) {
-            assert!(Instant::now() < deadline, "the boot sector doesn't run");
-            std::thread::sleep(Duration::from_millis(20));
+            let (name, runs) = (tracker.name(), dirty.runs().collect::<Vec<_>>());
+            let in_time = Instant::now() < deadline;
+            assert!(
+                in_time,
+                "the boot sector doesn't run: {name} reports {runs:?}"
+            );
+            // The guest stands still meanwhile, and has to boot.
+            std::thread::sleep(Duration::from_millis(200));
             dirty.clear();
             self.stop();
             tracker.collect(&self.ram, &mut dirty).unwrap();
