@@ -363,6 +363,8 @@ impl PrimaryWorker {
     ) -> Result<(), String> {
         let mut open = self.open.take().ok_or("its harvest had failed")?;
         self.packer.begin(self.inflight.count(), open.packed);
+        // Packed, they are fewer; but the next harvest takes as many as this one.
+        let harvested = open.full.len() + 1;
         if open.packed {
             self.pack(&mut open, report)?;
         }
@@ -392,7 +394,7 @@ impl PrimaryWorker {
             offset += piece.len();
             if last {
                 report(image.end(builder, &end, self.device_buffer.len()));
-                self.usual_chunks = image.chunks();
+                self.usual_chunks = image.chunks().max(harvested);
                 return Ok(());
             }
             report(image.seal(builder));
