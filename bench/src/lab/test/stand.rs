@@ -3,8 +3,8 @@
 //!
 //! What is to outlive the host is written to a folder of `/lab`:
 //! - `ROLE.events`: the daemon's own;
-//! - `ROLE.said`: a JSON object a line, with `stand` as its name (`up`, `boundary`, `loading`,
-//!   `resumed`, `killed`, `failed`);
+//! - `ROLE.said`: a JSON object a line, with `stand` as its name (`up`, `taken`, `missed`,
+//!   `boundary`, `loading`, `resumed`, `killed`, `failed`);
 //! - `N.boundary`: the RAM at the Nth boundary. It is there before QEMU is asked for the device
 //!   state, without which no epoch is complete: so it is there for each epoch that a backup can have;
 //! - `standby.loading`: the RAM that the standby was about to load a state for.
@@ -229,8 +229,9 @@ fn primary_hook(
                     notes.say(&json!({"stand": "taken", "number": number, "count": count}))
                 }
                 Err(error) => {
-                    let text = format!("boundary {number}: {error:#}");
-                    notes.say(&json!({"stand": "failed", "text": text}));
+                    // QEMU was killed meanwhile. If not, its RAM is missed when it is to be compared.
+                    let text = format!("{error:#}");
+                    notes.say(&json!({"stand": "missed", "number": number, "text": text}));
                 }
             }
         }
