@@ -15,8 +15,9 @@ const PORT: u16 = 7000;
 /// Emulation in emulation, on a machine that others use.
 const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// Long enough for the firmware to send something while nothing is acknowledged.
-const LEASE_MS: u64 = 30_000;
+/// Its firmware is silent for up to half a minute, and has to say something while nothing is
+/// acknowledged.
+const LEASE_MS: u64 = 60_000;
 /// For acknowledgements that had arrived when the cable was cut.
 const SETTLE: Duration = Duration::from_secs(3);
 
