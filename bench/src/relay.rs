@@ -146,6 +146,12 @@ impl Relay {
         state.target_epoch.context("a stop without an epoch")
     }
 
+    /// Resets every connection, which proves nobody's death; new ones pass.
+    pub fn cut(&self) {
+        let streams = std::mem::take(&mut self.shared.lock().streams);
+        streams.iter().for_each(reset);
+    }
+
     /// The host is dead: what is held here is lost, and new connections are turned away.
     pub fn host_died(&self) {
         self.shared.lock().dead = true;

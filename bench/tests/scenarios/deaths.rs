@@ -1,6 +1,8 @@
 //! Everything that can die, or seem dead.
 
-use anyhow::{Result, ensure};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
 use bench::pair::Pair;
 use nix::sys::signal::Signal;
 
@@ -14,6 +16,7 @@ on_both_qemus! {
     frozen_daemon_ends_its_guest,
     frozen_qemu_waits_for_the_backups_word,
     host_is_killed_while_ram_is_compared,
+    link_is_cut_again_and_again,
 }
 
 fn host_is_killed(stage: &Stage) -> Result<()> {
@@ -109,6 +112,36 @@ fn frozen_qemu_waits_for_the_backups_word(stage: &Stage) -> Result<()> {
     );
     ensure!(pair.guest.wait(PATIENCE)?.is_some(), "two guests run");
     Ok(())
+}
+
+/// An epoch that was on its way is settled by the next hello, and what its deltas were made against
+/// with it.
+fn link_is_cut_again_and_again(stage: &Stage) -> Result<()> {
+    const CUTS: u64 = 12;
+    let mut setup = stage.boot_sector()?;
+    setup.options = ["--deltas", "on", "--audit-every", "5"]
+        .map(str::to_owned)
+        .to_vec();
+    let mut pair = Pair::start_relayed(stage.dir(), &setup)?;
+    for cut in 0..CUTS {
+        wait_epochs(&mut pair.primary, 4)?;
+        std::thread::sleep(Duration::from_millis(cut * 7));
+        pair.relay.as_ref().context("it has a relay")?.cut();
+    }
+    wait_epochs(&mut pair.primary, 6)?;
+    let events = pair.primary.events();
+    let count = |kind: &str| events.iter().filter(|e| e["event"] == kind).count();
+    ensure!(count("backup_lost") == 0, "a cut proves nobody's death");
+    let different = events
+        .iter()
+        .filter(|e| e["event"] == "audit" && e["ok"] != true)
+        .count();
+    ensure!(
+        count("audit") > 0 && different == 0,
+        "{different} audits found a difference"
+    );
+    pair.kill_host()?;
+    check_survivor(&mut pair).map(drop)
 }
 
 fn host_is_killed_while_ram_is_compared(stage: &Stage) -> Result<()> {
