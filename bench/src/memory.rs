@@ -197,12 +197,20 @@ fn main_ram(maps: &str) -> Option<u64> {
 /// QEMU aligns RAM blocks for huge pages, small ones too.
 const ALIGNMENT: u64 = 2 << 20;
 
-/// The only anonymous mapping of this length that lies as QEMU lays RAM blocks.
+/// The only anonymous mapping of this length that lies as QEMU lays RAM blocks: aligned, and with a
+/// guard page behind it (`qemu_ram_mmap`, util/mmap-alloc.c). A small mapping of somebody else may have
+/// either by chance.
 fn unique(maps: &str, bytes: u64) -> Option<u64> {
     let anonymous = |rest: &str| rest.starts_with("rw-p") && rest.trim_end().ends_with(" 0");
+    let next = mappings(maps).skip(1);
     let mut fits = mappings(maps)
-        .filter(|(s, e, rest)| e - s == bytes && s % ALIGNMENT == 0 && anonymous(rest));
-    let found = fits.next().map(|(start, ..)| start);
+        .zip(next)
+        .filter(|((start, end, rest), (next_start, _, next_rest))| {
+            let guarded = next_start == end && next_rest.starts_with("---p");
+            end - start == bytes && start % ALIGNMENT == 0 && anonymous(rest) && guarded
+        })
+        .map(|((start, ..), _)| start);
+    let found = fits.next();
     found.filter(|_| fits.next().is_none())
 }
 
