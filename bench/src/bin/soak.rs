@@ -27,6 +27,7 @@ const AUDIT_EVERY: &str = "4";
 const FAILOVER_AFTER_MS: &str = "10000";
 /// Kills per phase that a long run must have.
 const KILLS_PER_PHASE: usize = 3;
+const PAGE_BYTES: u64 = 4096;
 /// What a daemon may have beside its epochs, in KiB.
 const ALLOWANCE_KIB: u64 = 64 << 10;
 
@@ -224,10 +225,15 @@ fn memory(pair: &Pair) -> Result<Memory> {
     let deltas = events
         .iter()
         .filter(|e| e["event"] == "epoch" && e["kind"] == "delta");
-    let largest = deltas
-        .filter_map(|e| e["bytes"].as_u64())
-        .max()
-        .unwrap_or(0);
+    // What was harvested: packed, less of it is sent.
+    let harvested = |e: &Value| {
+        Some(
+            e["bytes"]
+                .as_u64()?
+                .max(e["dirty_pages"].as_u64()? * PAGE_BYTES),
+        )
+    };
+    let largest = deltas.filter_map(harvested).max().unwrap_or(0);
     Ok(Memory {
         primary_kib: resident_kib(pair.primary.process.pid(), &pair.guest_memory)?,
         backup_kib: resident_kib(pair.backup.process.pid(), &pair.standby_memory)?,
