@@ -157,7 +157,7 @@ pub(crate) struct Options {
     /// while epochs arrive sooner for it, and never on RDMA [default: auto].
     #[arg(long, value_enum)]
     pub(crate) deltas: Option<DeltasName>,
-    /// Primary: MiB of pages that are kept to tell what has changed in them [default: 32].
+    /// Primary: MiB of pages that are kept to tell what has changed in them [default: 16].
     #[arg(long, value_name = "MIB")]
     pub(crate) delta_cache_mib: Option<u64>,
 

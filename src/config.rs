@@ -29,7 +29,7 @@ const EPOCH_IDLE_MS: u64 = 100;
 const HEARTBEAT_MS: u64 = 50;
 const FAILOVER_AFTER_MS: u64 = 1000;
 const MAX_UNACKED_MS: u64 = 2000;
-const DELTA_CACHE_MIB: u64 = 32;
+const DELTA_CACHE_MIB: u64 = 16;
 /// One that is lost or late must not end a lease.
 const HEARTBEATS_PER_LEASE: u64 = 3;
 /// The backup takes no other lease.
@@ -199,7 +199,7 @@ impl Settings {
             "--delta-cache-mib",
             delta_cache_mib,
             0..=1 << 20,
-            "32 suits most guests; 0 keeps no pages, and only compresses",
+            "16 suits most guests; 0 keeps no pages, and only compresses",
         )?;
         let control = match options.control {
             Some(path) => path,
