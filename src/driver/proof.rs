@@ -9,9 +9,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use qemu_bridge::qmp::{Command, Qmp, QmpError, RequestId};
-
-/// Of `tcpi_state` (include/net/tcp_states.h).
-const TCP_CLOSE_WAIT: u8 = 8;
+use transport::LossKind;
+use transport::tcp::end_of_file;
 
 /// What the proof lane says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,34 +42,15 @@ impl ProofLane {
         let mut byte = [0];
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
         match recv(self.fd.as_raw_fd(), &mut byte, flags) {
-            Ok(0) if self.got_fin() => Proof::Dead,
-            Ok(0) => Proof::Broken("the proof lane ended without a FIN".to_owned()),
+            // The link has a copy as well, and may have been told of an error in our place.
+            Ok(0) => match end_of_file(self.fd.as_fd()) {
+                LossKind::Fin => Proof::Dead,
+                kind => Proof::Broken(format!("the proof lane ended without a FIN: {kind:?}")),
+            },
             Ok(_) => Proof::Broken("the proof lane carries bytes".to_owned()),
             Err(Errno::EAGAIN | Errno::EINTR) => Proof::Silent,
             Err(error) => Proof::Broken(format!("proof lane: {error}")),
         }
-    }
-
-    /// Whether the peer's FIN has come. The end of the stream alone does not tell: the kernel gives
-    /// out a reset or a time-out once, to whichever copy of the descriptor is asked first (the link
-    /// has one as well), and says "end" to all that ask later (`tcp_recvmsg_locked`,
-    /// net/ipv4/tcp.c). Only a FIN leads to CLOSE_WAIT; they lead to CLOSE.
-    fn got_fin(&self) -> bool {
-        let mut state = 0_u8;
-        let mut length = 1;
-        // SAFETY: the descriptor is open as long as `self`. The kernel writes at most `length`
-        // bytes to `state`, which is as long and lives through the call: the first field of
-        // `struct tcp_info`, tcpi_state.
-        let result = unsafe {
-            libc::getsockopt(
-                self.fd.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                (&raw mut state).cast(),
-                &raw mut length,
-            )
-        };
-        result == 0 && length == 1 && state == TCP_CLOSE_WAIT
     }
 }
 

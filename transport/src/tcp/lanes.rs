@@ -307,7 +307,7 @@ impl Lanes {
         let Err(mut kind) = done else { return };
         if !std::mem::replace(&mut self.lost[lane as usize - 1], true) {
             if kind == LossKind::Fin {
-                kind = socket::end_of_file(self.streams().lane(lane));
+                kind = socket::end_of_file(self.streams().lane(lane).as_fd());
             }
             sink(Event::Lost(Loss { lane, kind }));
             self.abandon_if_lost(sink);

@@ -26,6 +26,7 @@ pub use connect::TcpConnector;
 pub use link::TcpLink;
 pub use listen::{Incoming, Refusal, TcpListener};
 pub use preamble::PairingId;
+pub use socket::end_of_file;
 pub use zero_copy::ZeroCopy;
 
 /// What an operator may want to choose about the connections.

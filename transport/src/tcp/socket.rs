@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::TcpStream;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -33,14 +33,14 @@ pub(super) fn set_options(stream: &TcpStream, config: &TcpConfig) -> io::Result<
     Ok(())
 }
 
-/// What an end of file on `stream` means.
+/// What an end of file on the TCP connection `fd` means.
 ///
 /// The kernel reports a connection's error once, to whoever asks first, and the end of file to
 /// everybody after. A send that was cut short can have taken the error without showing it (the
 /// ring returns the bytes that did get out), so a receive's 0 alone doesn't tell. The connection's
 /// state does: a FIN from the peer leads to CLOSE_WAIT, an error to CLOSE.
-pub(super) fn end_of_file(stream: &TcpStream) -> LossKind {
-    match state(stream) {
+pub fn end_of_file(fd: BorrowedFd<'_>) -> LossKind {
+    match state(fd) {
         Ok(TCP_CLOSE_WAIT) => LossKind::Fin,
         Ok(TCP_CLOSE) => LossKind::Error("connection reset or timed out".to_owned()),
         Ok(state) => LossKind::Error(format!("end of file in TCP state {state}")),
@@ -49,14 +49,15 @@ pub(super) fn end_of_file(stream: &TcpStream) -> LossKind {
 }
 
 /// The connection's state, as `include/net/tcp_states.h` of the kernel numbers them.
-fn state(stream: &TcpStream) -> io::Result<u8> {
+fn state(fd: BorrowedFd<'_>) -> io::Result<u8> {
     // SAFETY: all-zero is a valid tcp_info: it is integers.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut bytes = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: `info` and `bytes` live during the call, and `bytes` says how large `info` is.
+    // SAFETY: `info` and `bytes` live during the call, `bytes` says how large `info` is, and the
+    // descriptor is borrowed and so open.
     let done = unsafe {
         libc::getsockopt(
-            stream.as_raw_fd(),
+            fd.as_raw_fd(),
             libc::IPPROTO_TCP,
             libc::TCP_INFO,
             (&raw mut info).cast(),
