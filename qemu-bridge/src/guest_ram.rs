@@ -123,6 +123,18 @@ impl GuestRam {
         }
     }
 
+    /// Writes a page's first byte as it is, through QEMU's own page tables, as a vCPU or a device
+    /// writes. The guest must be paused.
+    ///
+    /// # Errors
+    /// QEMU's process is gone, or we may not write it.
+    pub fn rewrite(&self, block: BlockId, page: u64) -> Result<(), RamError> {
+        let address = self.region(block, page, PAGE_BYTES).host_address + page * PAGE_BYTES as u64;
+        let mut byte = [0];
+        read_remote(self.pid, address, &mut byte)?;
+        write_remote(self.pid, address, &byte)
+    }
+
     /// The first stretch of pages in `run` that the RAM's file has data for; what is before it
     /// are holes, which read as zeros and must not be touched. A block without a file has none.
     ///

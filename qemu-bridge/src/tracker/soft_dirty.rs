@@ -27,12 +27,11 @@ use ft_core::{BlockId, DirtySet, PageRun};
 use memmap2::MmapMut;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::unistd::Pid;
 
 use super::trust::Trust;
 use super::uffd::kernel_release;
 use super::{Collected, Tracker, TrackerError};
-use crate::guest_ram::{GuestRam, read_remote, write_remote};
+use crate::guest_ram::GuestRam;
 
 /// Written since the bits were cleared (`Documentation/admin-guide/mm/pagemap.rst`).
 const SOFT_DIRTY: u64 = 1 << 55;
@@ -164,13 +163,7 @@ impl Tracker for SoftDirtyTracker {
     }
 
     fn touch(&mut self, ram: &GuestRam, block: BlockId, page: u64) -> Result<(), TrackerError> {
-        let (start, _) = self.ranges[usize::from(block.0)];
-        let address = start + page * PAGE_BYTES as u64;
-        let pid = Pid::from_raw(ram.pid());
-        let mut byte = [0];
-        read_remote(pid, address, &mut byte)?;
-        write_remote(pid, address, &byte)?;
-        Ok(())
+        Ok(ram.rewrite(block, page)?)
     }
 }
 

@@ -12,12 +12,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use ft_core::types::PAGE_BYTES;
 use ft_core::{BlockId, DirtySet, PageRun};
 use nix::errno::Errno;
-use nix::unistd::Pid;
 
 use super::inject;
 use super::pagemap::{Mode, PageRegion, scan};
 use super::{Collected, Tracker, TrackerError};
-use crate::guest_ram::{GuestRam, read_remote, write_remote};
+use crate::guest_ram::GuestRam;
 
 /// Written stretches that one scan can report; more take another call.
 const REGIONS: usize = 8192;
@@ -149,14 +148,7 @@ impl Tracker for UffdTracker {
     }
 
     fn touch(&mut self, ram: &GuestRam, block: BlockId, page: u64) -> Result<(), TrackerError> {
-        let (start, _) = self.ranges[usize::from(block.0)];
-        let address = start + page * PAGE_BYTES as u64;
-        let pid = Pid::from_raw(ram.pid());
-        // Through QEMU's own page tables, as a vCPU or a device writes.
-        let mut byte = [0];
-        read_remote(pid, address, &mut byte)?;
-        write_remote(pid, address, &byte)?;
-        Ok(())
+        Ok(ram.rewrite(block, page)?)
     }
 }
 
