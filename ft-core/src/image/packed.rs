@@ -234,7 +234,7 @@ impl<'a> Records<'a> {
             3 => Form::Lz4,
             form => return Err(PackedError::Form { record, form }),
         };
-        if !unpack(form, payload, &mut [0; PAGE_BYTES]) {
+        if !makes_a_page(form, payload) {
             return Err(PackedError::Payload { record, bytes });
         }
         Ok(PackedPage {
@@ -266,6 +266,16 @@ impl<'a> Iterator for Records<'a> {
     }
 }
 
+/// Whether the payload makes a page.
+fn makes_a_page(form: Form, payload: &[u8]) -> bool {
+    match form {
+        Form::Raw => payload.len() == PAGE_BYTES,
+        // An LZ4 block tells only when it is undone.
+        Form::Lz4 => unpack(form, payload, &mut [0; PAGE_BYTES]),
+        Form::Delta => read_spans(payload, |_, _| ()),
+    }
+}
+
 /// Whether the payload makes a page; `page` is half made otherwise.
 fn unpack(form: Form, payload: &[u8], page: &mut Page) -> bool {
     match form {
@@ -274,23 +284,26 @@ fn unpack(form: Form, payload: &[u8], page: &mut Page) -> bool {
             true
         }),
         Form::Lz4 => lz4_flex::block::decompress_into(payload, page).is_ok_and(|n| n == PAGE_BYTES),
-        Form::Delta => apply_spans(payload, page),
+        Form::Delta => read_spans(payload, |from, new| {
+            page[from..from + new.len()].copy_from_slice(new);
+        }),
     }
 }
 
-fn apply_spans(mut payload: &[u8], page: &mut Page) -> bool {
+/// Calls `span` with the place and the new bytes of each span. `false`: they are not in order, or
+/// not inside of a page; then those before were told.
+fn read_spans(mut payload: &[u8], mut span: impl FnMut(usize, &[u8])) -> bool {
     let mut free_from = 0;
     while let Some((&[w0, w1, n0, n1], rest)) = payload.split_first_chunk::<SPAN_BYTES>() {
         let word = usize::from(u16::from_le_bytes([w0, w1]));
         let words = usize::from(u16::from_le_bytes([n0, n1]));
-        let bytes = words * WORD_BYTES;
-        let Some((new, rest)) = rest.split_at_checked(bytes) else {
+        let Some((new, rest)) = rest.split_at_checked(words * WORD_BYTES) else {
             return false;
         };
         if words == 0 || word < free_from || word + words > PAGE_WORDS {
             return false;
         }
-        page[word * WORD_BYTES..][..bytes].copy_from_slice(new);
+        span(word * WORD_BYTES, new);
         free_from = word + words;
         payload = rest;
     }
