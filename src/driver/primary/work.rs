@@ -108,6 +108,8 @@ pub(crate) struct PrimaryWorker {
     /// Chunks that recent epochs took.
     usual_chunks: usize,
     device_buffer: Vec<u8>,
+    /// An open epoch's `full` when there is none; empty, but keeps its memory.
+    spare: Vec<ChunkBuilder<ChunkMut>>,
     packer: Packer,
     open: Option<OpenEpoch>,
 }
@@ -140,6 +142,7 @@ impl PrimaryWorker {
             cursor: Cursor::default(),
             usual_chunks: 0,
             device_buffer: Vec::new(),
+            spare: Vec::new(),
             packer: Packer::new(deltas, pages, delta_cache_bytes),
             open: None,
         }
@@ -310,7 +313,7 @@ impl PrimaryWorker {
         let builder = image.begin(self.alloc()?);
         Ok(OpenEpoch {
             image,
-            full: Vec::new(),
+            full: std::mem::take(&mut self.spare),
             builder,
             packed: kind == EpochKind::Delta && self.packer.packs(pack),
             audit,
@@ -371,10 +374,12 @@ impl PrimaryWorker {
         open.seal_full(report);
         let OpenEpoch {
             mut image,
+            full,
             mut builder,
             digest,
             ..
         } = open;
+        self.spare = full;
         self.read_device_state(device_bytes)?;
         let end = Ending {
             base,

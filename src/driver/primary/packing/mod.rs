@@ -77,7 +77,9 @@ impl Packer {
 
     /// The guest runs, and the epoch's `pages` are about to be packed, or sent as they are.
     pub(super) fn begin(&mut self, pages: u64, packed: bool) {
-        self.under_way = Some((Instant::now(), pages));
+        // What was not decided by its cost says nothing about it.
+        let as_chosen = packed == self.choice.packs();
+        self.under_way = as_chosen.then(|| (Instant::now(), pages));
         if !packed {
             // The backup will have other bytes.
             self.shadow.clear();
