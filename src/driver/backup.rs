@@ -14,14 +14,14 @@ use ft_core::wire::ChunkTag;
 use ft_core::{ChunkId, GrantToken, Micros, RunState, SlotId};
 use nix::sys::signal::Signal;
 use transport::choice::{Connected, Incoming};
-use transport::{Arena, Chunk, Event, Lane, Link, LossKind, TransportListener};
+use transport::{Arena, Chunk, Event, Lane, Link, LossKind, Spin, TransportListener};
 
 use self::rehearsal::Rehearsal;
 pub(crate) use self::standby::Standby;
 use self::standby::StandbyInput;
 pub(crate) use self::work::{BackupWorker, Done, Job};
 use super::clock;
-use super::poller::{Poller, Spin};
+use super::poller::Poller;
 use super::proof::{Proof, ProofLane};
 use super::report::Facts;
 use super::worker::Worker;

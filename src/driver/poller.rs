@@ -1,28 +1,18 @@
 //! One `ppoll` over whatever the driver waits for at the moment.
 
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
-
-/// Looking in vain about this often ends it, until it has been passed over as often.
-const VAIN_MAX: u32 = 8;
+use transport::Spin;
 
 /// The descriptors of one wait, each with the caller's name for it.
 #[derive(Debug)]
 pub(crate) struct Poller<'a, T> {
     descriptors: Vec<PollFd<'a>>,
     names: Vec<T>,
-}
-
-/// Looking for a while before sleeping, as long as that pays off: being woken takes the kernel
-/// longer than most peers need to answer.
-#[derive(Debug)]
-pub(crate) struct Spin {
-    patience: Duration,
-    vain: u32,
 }
 
 impl<'a, T: Copy> Poller<'a, T> {
@@ -44,8 +34,8 @@ impl<'a, T: Copy> Poller<'a, T> {
 
     /// The names of what is ready; empty when the time is up or a signal came in between.
     pub(crate) fn wait(mut self, patience: Duration, spin: &mut Spin) -> nix::Result<Vec<T>> {
-        let found = match spin.look(patience, || self.poll(Duration::ZERO)) {
-            Ok(false) => self.poll(patience),
+        let found = match spin.until(patience, || self.poll(Duration::ZERO)) {
+            Ok(None) => self.poll(patience),
             other => other,
         };
         match found {
@@ -61,45 +51,11 @@ impl<'a, T: Copy> Poller<'a, T> {
             .collect())
     }
 
-    /// Whether anything is ready.
-    fn poll(&mut self, patience: Duration) -> nix::Result<bool> {
+    /// Something if anything is ready.
+    fn poll(&mut self, patience: Duration) -> nix::Result<Option<()>> {
         let patience = TimeSpec::from_duration(patience);
-        Ok(ppoll(&mut self.descriptors, Some(patience), None)? > 0)
-    }
-}
-
-impl Spin {
-    /// Looks for so long, or not at all.
-    pub(crate) fn new(patience: Duration) -> Spin {
-        Spin { patience, vain: 0 }
-    }
-
-    /// Looks until there is something, or `limit` or its own patience is over.
-    fn look<E>(
-        &mut self,
-        limit: Duration,
-        mut is_there: impl FnMut() -> Result<bool, E>,
-    ) -> Result<bool, E> {
-        let patience = self.patience.min(limit);
-        if patience.is_zero() {
-            return Ok(false);
-        }
-        if self.vain >= VAIN_MAX {
-            self.vain -= 1;
-            return Ok(false);
-        }
-        let began = Instant::now();
-        loop {
-            if is_there()? {
-                self.vain = 0;
-                return Ok(true);
-            }
-            if began.elapsed() >= patience {
-                self.vain = (self.vain + 1) * 2;
-                return Ok(false);
-            }
-            std::hint::spin_loop();
-        }
+        let ready = ppoll(&mut self.descriptors, Some(patience), None)?;
+        Ok((ready > 0).then_some(()))
     }
 }
 
@@ -122,23 +78,5 @@ mod tests {
             let ready = poller.wait(LONG, &mut Spin::new(patience)).unwrap();
             assert_eq!(ready, ["full"]);
         }
-    }
-
-    #[test]
-    fn looking_in_vain_ends_and_begins_again() {
-        let mut spin = Spin::new(Duration::from_nanos(1));
-        let mut looks = 0;
-        for _ in 0..1000 {
-            let found: Result<bool, ()> = spin.look(LONG, || {
-                looks += 1;
-                Ok(false)
-            });
-            assert_eq!(found, Ok(false));
-        }
-        assert!((10..500).contains(&looks), "{looks} looks in 1000 waits");
-        // One that finds something makes it look every time.
-        while spin.look(LONG, || Ok::<_, ()>(true)) != Ok(true) {}
-        assert_eq!(spin.look(LONG, || Ok::<_, ()>(true)), Ok(true));
-        assert_eq!(spin.look(Duration::ZERO, || Ok::<_, ()>(true)), Ok(false));
     }
 }

@@ -18,7 +18,7 @@ use nix::poll::PollFlags;
 use qemu_bridge::gate::Operation;
 use transport::choice::{Connected, Transport};
 use transport::tcp::PairingId;
-use transport::{Chunk, Event, Grant, Link, LossKind, TransportConfig, TransportConnector};
+use transport::{Chunk, Event, Grant, Link, LossKind, Spin, TransportConfig, TransportConnector};
 
 pub(crate) use self::packing::Deltas;
 pub(crate) use self::qemu::Qemu;
@@ -27,7 +27,7 @@ pub(crate) use self::work::PrimaryWorker;
 use self::work::{Done, Job};
 pub(crate) use self::workshop::Workshop;
 use super::clock;
-use super::poller::{Poller, Spin};
+use super::poller::Poller;
 use super::proof::{Proof, ProofLane};
 use super::report::Facts;
 use crate::control::{ControlServer, Request};

@@ -11,8 +11,10 @@ pub mod link;
 pub mod mem;
 #[cfg(feature = "rdma")]
 pub mod rdma;
+pub mod spin;
 pub mod tcp;
 
 pub use arena::{Arena, Chunk, ChunkMut};
 pub use choice::{TransportChoice, TransportConfig, TransportConnector, TransportListener};
 pub use link::{Event, Grant, Lane, Link, LinkError, Loss, LossKind};
+pub use spin::Spin;

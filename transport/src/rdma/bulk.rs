@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use super::chunks::Chunks;
 use super::completion::{Completion, Done};
@@ -10,12 +11,12 @@ use super::connecting::{Connection, DEPTH};
 use super::ffi::rdma_cm_event_type as kind;
 use super::receives::Receives;
 use super::region::Piece;
-use super::spin::Spin;
 use super::window::{Binding, RemoteWindow};
 use super::{RdmaConfig, RdmaError};
 use crate::arena::{Chunk, ChunkMut};
 use crate::grants::{Claim, GrantIndex, Granted, Grants};
 use crate::link::{Event, LossKind};
+use crate::spin::Spin;
 use crate::tcp::frame::FrameHeader;
 
 /// Requests that one doorbell starts at most. The last one's completion stands for all of them.
@@ -265,7 +266,11 @@ impl Bulk {
         while all || handled < COMPLETIONS_PER_PROGRESS {
             let connection = self.connection.as_ref().expect("it was there before");
             let expected = handled > 0 && !all && !self.posted.is_empty();
-            let next = self.spin.poll(connection.pair.completions(), expected);
+            let queue = connection.pair.completions();
+            let next = match queue.poll() {
+                Ok(None) if expected => self.spin.until(Duration::MAX, || queue.poll()),
+                other => other,
+            };
             let Some(completion) = next.map_err(error)? else {
                 break;
             };

@@ -27,7 +27,6 @@ mod outbox;
 pub mod queue_pair;
 mod receives;
 pub mod region;
-mod spin;
 pub mod window;
 
 use std::io;
