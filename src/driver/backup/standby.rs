@@ -149,9 +149,14 @@ impl Standby {
                 }
             }
             Some(Progress::Failed { why }) => {
-                // QEMU ends by itself; that isn't news any more.
+                // QEMU ends by itself; that isn't news any more. Before it says that a load failed, it
+                // says why.
                 self.gone = true;
-                inputs.push(StandbyInput::ActivationFailed(why));
+                let said = self.process.stderr_tail();
+                inputs.push(StandbyInput::ActivationFailed(match said.trim() {
+                    "" => why,
+                    said => format!("{why}: {said}"),
+                }));
             }
             None => {}
         }
