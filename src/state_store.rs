@@ -88,12 +88,12 @@ impl StateStore {
         Ok(StateStore { file, path, latest })
     }
 
-    /// What was stored last.
     /// Where it is, for messages.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
+    /// What was stored last.
     pub(crate) fn load(&self) -> State {
         self.latest.state
     }

@@ -39,7 +39,8 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);
-        // SAFETY: between fork and exec only this one system call is made.
+        // SAFETY: between fork and exec only this one system call is made, which is async-signal-safe:
+        // it takes no lock and allocates nothing.
         unsafe {
             // Also a test that is killed leaves nothing behind.
             command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?));
