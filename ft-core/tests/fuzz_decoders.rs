@@ -273,6 +273,11 @@ fn accepts_chunk(bytes: &[u8]) -> bool {
                 assert_eq!(offset, device_end);
                 device_end += bytes.len() as u64;
             }
+            Piece::PackedDevice { state } => {
+                let mut made = Vec::new();
+                state.unpack(&mut made);
+                device_end += made.len() as u64;
+            }
         }
     }
     assert_eq!(data_pages, u64::from(checked.data_pages));
@@ -296,6 +301,7 @@ fn a_chunk(dice: &mut Dice) -> Vec<u8> {
         kind: *dice.pick(&[EpochKind::SyncRound, EpochKind::Delta, EpochKind::Full]),
         steps,
         device,
+        pack_device: dice.chance(2),
         run_state: *dice.pick(&[RunState::Running, RunState::Stopped]),
         audit: an_audit(dice),
     };

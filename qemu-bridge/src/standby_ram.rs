@@ -66,6 +66,7 @@ impl StandbyRam {
                 Piece::Zero { run } => self.zero(run)?,
                 Piece::Packed { pages } => pages.iter().try_for_each(|page| self.unpack(&page))?,
                 Piece::Device { bytes, .. } => device_state.extend_from_slice(bytes),
+                Piece::PackedDevice { state } => state.unpack(device_state),
             }
         }
         Ok(())

@@ -216,17 +216,29 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
     /// # Panics
     /// If there is no room for it, or it ends past [`DEVICE_STATE_BYTES_MAX`].
     pub fn push_device(&mut self, offset: u64, bytes: &[u8]) {
+        let end = offset.saturating_add(bytes.len() as u64);
+        assert!(
+            end <= DEVICE_STATE_BYTES_MAX as u64,
+            "device state ends at {end}"
+        );
+        self.push_bytes(EntryKind::Device, offset, bytes);
+    }
+
+    /// Adds all of a device state of `unpacked` bytes, packed by [`super::pack_state`].
+    ///
+    /// # Panics
+    /// If there is no room for it.
+    pub fn push_packed_device(&mut self, unpacked: usize, bytes: &[u8]) {
+        self.push_bytes(EntryKind::PackedDevice, unpacked as u64, bytes);
+    }
+
+    fn push_bytes(&mut self, kind: EntryKind, at: u64, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
         }
         assert!(
             bytes.len() <= self.device_room(),
             "no room for device state"
-        );
-        let end = offset.saturating_add(bytes.len() as u64);
-        assert!(
-            end <= DEVICE_STATE_BYTES_MAX as u64,
-            "device state ends at {end}"
         );
         self.end_packed();
         let pages = bytes.len().div_ceil(PAGE_BYTES);
@@ -236,7 +248,7 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
         padding.fill(0);
         self.lent = 0;
         self.pages += pages;
-        self.add(EntryKind::Device, BlockId(0), offset, bytes.len() as u32); // below the maximum
+        self.add(kind, BlockId(0), at, bytes.len() as u32); // less than a chunk
     }
 
     /// Ends the epoch. `false`: there is no room, seal this chunk and put it into another.

@@ -82,6 +82,8 @@ pub enum ImageError {
         "entry {entry}: device state ends at byte {end}, past the {DEVICE_STATE_BYTES_MAX} allowed"
     )]
     DeviceTooLong { entry: usize, end: u64 },
+    #[error("entry {entry} does not make the device state that it says")]
+    PackedDevice { entry: usize },
     #[error("entry {entry}: {source}")]
     Packed { entry: usize, source: PackedError },
     #[error("entry {entry} follows the trailer")]
@@ -228,7 +230,13 @@ impl CheckedChunk {
             }
             Found::Piece(Piece::Packed { pages }) => self.add_packed(entry, pages, blocks)?,
             Found::Piece(Piece::Device { offset, bytes }) => {
-                self.add_device(entry, offset, bytes)?
+                self.add_device(entry, offset, bytes.len() as u64)?
+            }
+            Found::Piece(Piece::PackedDevice { state }) => {
+                if !state.is_whole() {
+                    return Err(ImageError::PackedDevice { entry });
+                }
+                self.add_device(entry, 0, state.bytes)?;
             }
             Found::Trailer(page) => self.trailer = Some(Trailer::decode(page, blocks.len())?),
         }
@@ -254,11 +262,11 @@ impl CheckedChunk {
         Ok(())
     }
 
-    fn add_device(&mut self, entry: usize, offset: u64, bytes: &[u8]) -> Result<(), ImageError> {
+    fn add_device(&mut self, entry: usize, offset: u64, bytes: u64) -> Result<(), ImageError> {
         if self.device_bytes == 0 {
             self.device_offset = offset;
         }
-        let end = offset.saturating_add(bytes.len() as u64);
+        let end = offset.saturating_add(bytes);
         if end > DEVICE_STATE_BYTES_MAX as u64 {
             return Err(ImageError::DeviceTooLong { entry, end });
         }
@@ -270,7 +278,7 @@ impl CheckedChunk {
                 expected,
             });
         }
-        self.device_bytes += bytes.len() as u32; // less than a chunk
+        self.device_bytes += bytes as u32; // ends at the maximum at most
         Ok(())
     }
 }

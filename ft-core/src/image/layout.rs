@@ -36,15 +36,19 @@ pub(super) enum EntryKind {
     Trailer = 4,
     /// `count` bytes of records of `at` pages; whole pages of the chunk.
     Packed = 5,
+    /// `count` bytes of records that make all of the device state, `at` bytes; whole pages of the
+    /// chunk.
+    PackedDevice = 6,
 }
 
 impl EntryKind {
-    pub(super) const ALL: [EntryKind; 5] = [
+    pub(super) const ALL: [EntryKind; 6] = [
         EntryKind::Data,
         EntryKind::Zero,
         EntryKind::Device,
         EntryKind::Trailer,
         EntryKind::Packed,
+        EntryKind::PackedDevice,
     ];
 }
 

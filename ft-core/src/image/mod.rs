@@ -5,7 +5,7 @@
 //! pages can be copied straight into place while the entries still grow, and a chunk can be
 //! pushed and checked while the next one is filled. The last chunk of an epoch ends with the
 //! device state and a [`Trailer`], which seals them all. Where bytes are dear, pages travel
-//! [`packed`] instead.
+//! [`packed`] instead, and so does the device state.
 //!
 //! ```text
 //! 0      64                          4096          8192
@@ -18,6 +18,7 @@ pub mod builder;
 pub mod check;
 pub mod layout;
 pub mod packed;
+mod packed_state;
 pub mod trailer;
 mod walk;
 
@@ -25,5 +26,6 @@ pub use builder::{ChunkBuilder, Sealed};
 pub use check::{CheckedChunk, Expect, ImageError, check_chunk, check_epoch};
 pub use layout::{ChunkHead, DATA_PAGES_MAX, ENTRIES_MAX};
 pub use packed::{ChangedWords, PackedPage, Page, Unpacked};
+pub use packed_state::{PackedState, pack_state};
 pub use trailer::{AuditDigest, EpochDigest, Trailer};
 pub use walk::{Piece, entries};

@@ -5,6 +5,7 @@ use zerocopy::FromBytes;
 use super::check::ImageError;
 use super::layout::{EntryKind, RawEntry, entry_range};
 use super::packed::PackedPages;
+use super::packed_state::PackedState;
 use crate::types::{BlockId, PAGE_BYTES, PageRun};
 use crate::wire::header::ChunkFields;
 use crate::wire::{Header, Kind, WireError};
@@ -20,6 +21,8 @@ pub enum Piece<'a> {
     Packed { pages: PackedPages<'a> },
     /// A piece of the device state.
     Device { offset: u64, bytes: &'a [u8] },
+    /// All of the device state, to be made.
+    PackedDevice { state: PackedState<'a> },
 }
 
 /// The contents of a chunk that [`super::check_chunk`] has accepted, without the trailer.
@@ -113,6 +116,15 @@ impl<'a> Walk<'a> {
                 let bytes = self.take_bytes(entry, count)?;
                 Found::Piece(Piece::Packed {
                     pages: PackedPages { bytes, count: at },
+                })
+            }
+            EntryKind::PackedDevice => {
+                let bytes = self.take_bytes(entry, count)?;
+                Found::Piece(Piece::PackedDevice {
+                    state: PackedState {
+                        records: bytes,
+                        bytes: at,
+                    },
                 })
             }
             EntryKind::Device => Found::Piece(Piece::Device {

@@ -267,9 +267,9 @@ fn every_contradiction_in_a_chunk_is_named() {
         found: 3,
     };
     #[rustfmt::skip]
-    let cases: [(usize, &[u8], ImageError); 26] = [
+    let cases: [(usize, &[u8], ImageError); 27] = [
         (entry(0, 2), &[0], E::EntryKind { entry: 0, kind: 0 }),
-        (entry(0, 2), &[6], E::EntryKind { entry: 0, kind: 6 }),
+        (entry(0, 2), &[7], E::EntryKind { entry: 0, kind: 7 }),
         (entry(1, 3), &[1], E::EntryReserved { entry: 1 }),
         (entry(0, 4), &[0], E::EntryEmpty { entry: 0 }),
         (entry(1, 4), &[0], E::EntryEmpty { entry: 1 }),
@@ -286,6 +286,7 @@ fn every_contradiction_in_a_chunk_is_named() {
         // Data as a second device state.
         (entry(0, 0), &[0, 0, 3, 0, 0, 32, 0, 0, 0], two_devices),
         (entry(2, 0), &[1], E::EntryReserved { entry: 2 }),
+        (entry(2, 2), &[6], E::PackedDevice { entry: 2 }),
         (entry(2, 8), &max.to_le_bytes(), too_long(max + PAGE_BYTES as u64 + 100)),
         (entry(2, 8), &[0xff; 8], too_long(u64::MAX)),
         (entry(3, 4), &[2], E::EntryReserved { entry: 3 }),
@@ -320,6 +321,7 @@ fn every_contradiction_in_an_epoch_is_named() {
     use ImageError as E;
     let script = Script {
         device: vec![9; 2_100_000],
+        pack_device: false,
         ..small_script()
     };
     let chunks = write_epoch(test_frame(), &script, 0);
@@ -430,6 +432,7 @@ pub(crate) fn small_script() -> Script {
             },
         ],
         device: vec![0xde; PAGE_BYTES + 100],
+        pack_device: false,
         run_state: RunState::Running,
         audit: Some(vec![1, 2, 3, u64::MAX]),
     }

@@ -17,13 +17,17 @@ pub(crate) fn script() -> impl Strategy<Value = Script> {
     ];
     let audit = prop::option::of(prop::collection::vec(any::<u64>(), BLOCKS.len()));
     let steps = prop::collection::vec(steps(), 0..8).prop_map(|lists| lists.concat());
-    (kind, steps, device, state, audit).prop_map(|(kind, steps, device, run_state, audit)| Script {
-        kind,
-        steps,
-        device,
-        run_state,
-        audit,
-    })
+    let parts = (kind, steps, device, any::<bool>(), state, audit);
+    parts.prop_map(
+        |(kind, steps, device, pack_device, run_state, audit)| Script {
+            kind,
+            steps,
+            device,
+            pack_device,
+            run_state,
+            audit,
+        },
+    )
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -129,6 +133,10 @@ impl Contents {
                 Piece::Device { offset, bytes } => {
                     assert_eq!(offset, self.device.len() as u64);
                     self.device.extend_from_slice(bytes);
+                }
+                Piece::PackedDevice { state } => {
+                    assert!(self.device.is_empty(), "it is all of the state");
+                    state.unpack(&mut self.device);
                 }
             }
         }

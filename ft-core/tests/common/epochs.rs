@@ -2,7 +2,7 @@
 
 use ft_core::image::{
     AuditDigest, CheckedChunk, ChunkBuilder, ChunkHead, EpochDigest, Expect, ImageError, Trailer,
-    Unpacked, check_chunk, packed::RECORD_BYTES_MAX,
+    Unpacked, check_chunk, pack_state, packed::RECORD_BYTES_MAX,
 };
 use ft_core::limits::CHUNK_BYTES;
 use ft_core::wire::Frame;
@@ -44,6 +44,8 @@ pub(crate) struct Script {
     pub(crate) kind: EpochKind,
     pub(crate) steps: Vec<Step>,
     pub(crate) device: Vec<u8>,
+    /// If that makes it shorter, and it fits into one chunk.
+    pub(crate) pack_device: bool,
     pub(crate) run_state: RunState,
     pub(crate) audit: Option<Vec<u64>>,
 }
@@ -68,7 +70,7 @@ pub(crate) fn write_epoch(frame: Frame, script: &Script, garbage: u8) -> Vec<Vec
             index,
         };
         let mut builder = ChunkBuilder::new(&mut memory, head);
-        let filled = rest.fill(&mut builder, &script.device);
+        let filled = rest.fill(&mut builder, script);
         let trailer = Trailer {
             chunks: index + 1,
             data_pages: data_pages + u64::from(builder.data_pages()),
@@ -103,7 +105,7 @@ struct Rest<'a> {
 
 impl Rest<'_> {
     /// Whether everything fitted.
-    fn fill(&mut self, builder: &mut ChunkBuilder<&mut Vec<u8>>, device: &[u8]) -> bool {
+    fn fill(&mut self, builder: &mut ChunkBuilder<&mut Vec<u8>>, script: &Script) -> bool {
         while let Some(step) = self.steps.first() {
             match *step {
                 Step::Zero { run } => {
@@ -140,6 +142,16 @@ impl Rest<'_> {
             }
             self.done = 0;
             self.steps = &self.steps[1..];
+        }
+        let device = &script.device;
+        let mut packed = Vec::new();
+        if self.device_done == 0
+            && script.pack_device
+            && pack_state(device, &mut packed)
+            && packed.len() <= builder.device_room()
+        {
+            builder.push_packed_device(device.len(), &packed);
+            self.device_done = device.len();
         }
         let left = &device[self.device_done..];
         let piece = &left[..left.len().min(builder.device_room())];
