@@ -154,7 +154,8 @@ pub(crate) struct Options {
     pub(crate) busy_poll_us: Option<u64>,
 
     /// Primary: send what has changed in a page in place of the page, or compress it. `auto` does so
-    /// while epochs arrive sooner for it, and never on RDMA [default: auto].
+    /// while epochs arrive sooner for it, and never on RDMA. Without `off` the device state is
+    /// compressed wherever pages may be [default: auto].
     #[arg(long, value_enum)]
     pub(crate) deltas: Option<DeltasName>,
     /// Primary: MiB of pages that are kept to tell what has changed in them [default: 16].

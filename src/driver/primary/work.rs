@@ -8,11 +8,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use ft_core::image::{AuditDigest, ChunkBuilder, ChunkHead};
+use ft_core::image::{AuditDigest, ChunkBuilder, ChunkHead, DATA_PAGES_MAX, pack_state};
 use ft_core::limits::DEVICE_STATE_BYTES_MAX;
 use ft_core::primary::{Harvest, Step};
 use ft_core::wire::Frame;
-use ft_core::{DirtySet, Epoch, EpochKind, RunState};
+use ft_core::{DirtySet, Epoch, EpochKind, PAGE_BYTES, RunState};
 use qemu_bridge::audit::hash_blocks;
 use qemu_bridge::gather::{Cursor, Progress, fill};
 use qemu_bridge::guest_ram::GuestRam;
@@ -85,6 +85,8 @@ struct OpenEpoch {
     builder: ChunkBuilder<ChunkMut>,
     /// To be packed before it is sealed.
     packed: bool,
+    /// So is its device state: that needs no decision by its cost.
+    packed_state: bool,
     audit: bool,
     digest: Option<AuditDigest>,
     began: Instant,
@@ -108,6 +110,8 @@ pub(crate) struct PrimaryWorker {
     /// Chunks that recent epochs took.
     usual_chunks: usize,
     device_buffer: Vec<u8>,
+    /// The same, packed.
+    packed_state: Vec<u8>,
     /// An open epoch's `full` when there is none; empty, but keeps its memory.
     spare: Vec<ChunkBuilder<ChunkMut>>,
     packer: Packer,
@@ -142,6 +146,7 @@ impl PrimaryWorker {
             cursor: Cursor::default(),
             usual_chunks: 0,
             device_buffer: Vec::new(),
+            packed_state: Vec::new(),
             spare: Vec::new(),
             packer: Packer::new(deltas, pages, delta_cache_bytes),
             open: None,
@@ -316,6 +321,7 @@ impl PrimaryWorker {
             full: std::mem::take(&mut self.spare),
             builder,
             packed: kind == EpochKind::Delta && self.packer.packs(pack),
+            packed_state: self.packer.packs_state(pack),
             audit,
             digest: None,
             began,
@@ -377,34 +383,45 @@ impl PrimaryWorker {
             full,
             mut builder,
             digest,
+            packed_state,
             ..
         } = open;
         self.spare = full;
         self.read_device_state(device_bytes)?;
+        let state_bytes = self.device_buffer.len();
+        let packed_state = packed_state
+            && pack_state(&self.device_buffer, &mut self.packed_state)
+            && room_for_end(self.packed_state.len()) <= DATA_PAGES_MAX * PAGE_BYTES;
+        let state = match packed_state {
+            true => &self.packed_state,
+            false => &self.device_buffer,
+        };
         let end = Ending {
             base,
             run_state,
             audit: digest,
         };
-        if builder.device_room() < room_for_end(self.device_buffer.len()) {
+        if builder.device_room() < room_for_end(state.len()) {
             report(image.seal(builder));
             builder = image.begin(self.alloc()?);
         }
-        let mut offset = 0;
-        loop {
-            let rest = &self.device_buffer[offset..];
-            let last = builder.device_room() >= room_for_end(rest.len());
-            let piece = &rest[..rest.len().min(builder.device_room())];
-            builder.push_device(offset as u64, piece);
-            offset += piece.len();
-            if last {
-                report(image.end(builder, &end, self.device_buffer.len()));
-                self.usual_chunks = image.chunks().max(harvested);
-                return Ok(());
+        if packed_state {
+            builder.push_packed_device(state_bytes, state);
+        } else {
+            let mut offset = 0;
+            while builder.device_room() < room_for_end(state.len() - offset) {
+                let rest = &state[offset..];
+                let piece = &rest[..rest.len().min(builder.device_room())];
+                builder.push_device(offset as u64, piece);
+                offset += piece.len();
+                report(image.seal(builder));
+                builder = image.begin(self.alloc()?);
             }
-            report(image.seal(builder));
-            builder = image.begin(self.alloc()?);
+            builder.push_device(offset as u64, &state[offset..]);
         }
+        report(image.end(builder, &end, state_bytes));
+        self.usual_chunks = image.chunks().max(harvested);
+        Ok(())
     }
 
     /// Puts smaller chunks in the place of what was harvested.

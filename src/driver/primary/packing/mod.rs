@@ -75,6 +75,16 @@ impl Packer {
         }
     }
 
+    /// Whether the device state of an epoch is to be packed, on a link for which that is `worth`
+    /// trying: it is little work for a lot.
+    pub(super) fn packs_state(&self, worth: bool) -> bool {
+        match self.deltas {
+            Deltas::Off => false,
+            Deltas::On => true,
+            Deltas::Auto => worth,
+        }
+    }
+
     /// The guest runs, and the epoch's `pages` are about to be packed, or sent as they are.
     pub(super) fn begin(&mut self, pages: u64, packed: bool) {
         // What was not decided by its cost says nothing about it.
