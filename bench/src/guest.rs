@@ -155,8 +155,7 @@ impl Guest {
         line.extend(self.visible()?);
         line.push("-object".into());
         line.push(format!("{backend},id=ram,size={}M", self.ram_mib));
-        for (n, name) in ["qmp", "test"].into_iter().enumerate() {
-            let _ = n;
+        for name in ["qmp", "test"] {
             line.push("-qmp".into());
             line.push(format!(
                 "unix:{}/{role}.{name},server=on,wait=off",

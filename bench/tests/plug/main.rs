@@ -1,0 +1,4 @@
+//! The plug with vhost-net between two hosts of the lab, each with a kernel of its own.
+
+mod comes_back;
+mod lab;
