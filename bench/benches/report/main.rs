@@ -2,6 +2,7 @@
 //! one HTML page and as JSON. `cargo bench -- --full` takes longer and knows more.
 
 mod boundary;
+mod databases;
 mod failover;
 mod harvest;
 mod laps;
@@ -84,6 +85,7 @@ fn measure(name: Name, options: &Options, criterion: &mut Criterion) -> Result<G
         Name::Harvest => harvest::measure(options, criterion),
         Name::Boundary => boundary::measure(options),
         Name::Tax => tax::measure(options),
+        Name::Databases => databases::measure(options),
         Name::Failover => failover::measure(options),
         Name::Peers => peers::measure(options),
     }

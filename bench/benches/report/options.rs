@@ -37,6 +37,7 @@ pub(crate) enum Name {
     Harvest,
     Boundary,
     Tax,
+    Databases,
     Failover,
     Peers,
 }

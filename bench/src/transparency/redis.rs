@@ -43,12 +43,28 @@ impl Redis {
         }
     }
 
-    fn call(&mut self, words: &[&str]) -> io::Result<Reply> {
-        let mut request = format!("*{}\r\n", words.len());
-        for word in words {
-            request += &format!("${}\r\n{word}\r\n", word.len());
+    /// # Errors
+    /// The connection is broken.
+    pub fn set(&mut self, key: &str, value: &[u8]) -> io::Result<()> {
+        match self.call_bytes(&[b"SET", key.as_bytes(), value])? {
+            Reply::Text(Some(_)) => Ok(()),
+            other => Err(nonsense(&format!("SET was answered by {other:?}"))),
         }
-        self.stream.get_mut().write_all(request.as_bytes())?;
+    }
+
+    fn call(&mut self, words: &[&str]) -> io::Result<Reply> {
+        let words: Vec<_> = words.iter().map(|word| word.as_bytes()).collect();
+        self.call_bytes(&words)
+    }
+
+    fn call_bytes(&mut self, words: &[&[u8]]) -> io::Result<Reply> {
+        let mut request = format!("*{}\r\n", words.len()).into_bytes();
+        for word in words {
+            request.extend(format!("${}\r\n", word.len()).as_bytes());
+            request.extend_from_slice(word);
+            request.extend(b"\r\n");
+        }
+        self.stream.get_mut().write_all(&request)?;
         read_reply(&mut self.stream)
     }
 }
