@@ -44,6 +44,8 @@ pub enum Later {
     },
     Revoked(SlotId),
     Activated {
+        /// By this standby, if it is still there.
+        standby: u32,
         epoch: Epoch,
         run_state: RunState,
     },
@@ -73,6 +75,8 @@ pub struct BackupHost {
     pub vm: Option<Vm>,
     /// RAM of a standby that has died: it belongs to the daemon.
     pub remains: Option<Vm>,
+    /// Counts standbys.
+    pub standby: u32,
     pub guardian: bool,
     /// Has told the primary that it will not activate.
     pub stood_down: bool,
@@ -135,6 +139,7 @@ impl BackupHost {
             end: None,
             apply_fails: false,
             apply_slow: false,
+            standby: 0,
             activation_fails: false,
             rehearsal_fails: false,
             handling: false,
@@ -437,13 +442,14 @@ impl World {
                     let text = "unknown savevm section".to_owned();
                     return self.to_backup(5, BackupIn::Other(Input::ActivationFailed { text }));
                 }
-                self.backup_later((4_000, 17_000), Later::Activated { epoch, run_state });
+                self.load_state((4_000, 17_000), epoch, run_state);
             }
             Action::RespawnAndActivate { epoch, run_state } => {
                 if let Some(remains) = self.backup.remains.take() {
                     self.backup.vm = Some(remains);
                 }
-                self.backup_later((100_000, 300_000), Later::Activated { epoch, run_state });
+                self.backup.standby += 1;
+                self.load_state((100_000, 300_000), epoch, run_state);
             }
             Action::ForgetImage => self.checks.image_forgotten(),
             Action::PrepareRehearsal => {

@@ -39,8 +39,12 @@ impl World {
                 Input::Granted { slot, grants }
             }
             Later::Revoked(slot) => Input::Revoked(slot),
-            Later::Activated { epoch, run_state } => {
-                if self.backup.vm.is_none() {
+            Later::Activated {
+                standby,
+                epoch,
+                run_state,
+            } => {
+                if self.backup.vm.is_none() || self.backup.standby != standby {
                     return;
                 }
                 self.activate(epoch, run_state);
@@ -59,6 +63,15 @@ impl World {
             }
         };
         self.to_backup(5, BackupIn::Other(input));
+    }
+
+    pub fn load_state(&mut self, takes_us: (u64, u64), epoch: Epoch, run_state: RunState) {
+        let activated = Later::Activated {
+            standby: self.backup.standby,
+            epoch,
+            run_state,
+        };
+        self.backup_later(takes_us, activated);
     }
 
     fn activate(&mut self, epoch: Epoch, run_state: RunState) {
