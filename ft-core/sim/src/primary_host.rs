@@ -353,6 +353,14 @@ impl World {
                 self.primary.phase = Phase::Connecting;
             }
             Action::KeepProof => self.keep_primary_proof(),
+            Action::DropProof => {
+                if let Some(refused) = daemon.proofs.pop_if(|proof| !proof.agreed) {
+                    if let Some(vm) = &mut self.primary.vm {
+                        vm.proofs.retain(|link| *link != refused.link);
+                    }
+                    self.close_proof(refused.link, Side::Primary);
+                }
+            }
             Action::Send(bytes) => {
                 if let Some(link) = daemon.link {
                     self.checks.replays.push(bytes.clone());

@@ -206,6 +206,10 @@ impl Backup {
         if self.activation.is_some() {
             return self.fail(text);
         }
+        if self.state == State::Syncing {
+            // What is missing now would be missing for ever: from the beginning, on another link.
+            return self.break_peer(text);
+        }
         // Half of the epoch is in the standby's RAM: only a full one makes it whole.
         if self.state == State::Protecting {
             self.set_state(State::Tainted);

@@ -221,6 +221,8 @@ impl Backup {
         let free = match self.state {
             State::Waiting => self.applying.is_none(),
             State::Syncing => peer.link.is_none(),
+            // Nobody would activate what it has.
+            State::Tainted => peer.link.is_none() && self.applying.is_none(),
             _ => false,
         };
         let text = || {

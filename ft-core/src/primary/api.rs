@@ -161,6 +161,9 @@ pub enum Action {
     /// nothing now, and QEMU may close its copies. Not sooner, or the backup takes that for
     /// our death.
     KeepProof,
+    /// The backup has refused the newest link, so its proof lane proves nothing: QEMU may close its
+    /// copy of that one.
+    DropProof,
     Send(Vec<u8>),
 
     /// → [`Input::Paused`]

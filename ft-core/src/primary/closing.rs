@@ -98,6 +98,10 @@ impl Primary {
         {
             return; // it was told to quit; the farewell is on its way
         }
+        if self.backup_may_activate {
+            // It may only have lost its QMP connection, and the backup is about to hear that it died.
+            self.act(Action::EndVm);
+        }
         self.closing = Some(Closing {
             kind: Kind::QemuDied(text),
             sent: false,
@@ -226,6 +230,9 @@ impl Primary {
             Kind::Detach(end) => {
                 self.set_throttled(false);
                 self.unfence();
+                if self.stopped_by_us && self.guest_running {
+                    self.resume_vm(); // later nobody would
+                }
                 self.act(Action::Guardian { armed: false });
                 self.act(Action::LeaveVm);
                 self.store_unprotected();

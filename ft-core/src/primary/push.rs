@@ -145,6 +145,7 @@ impl Primary {
         self.run_state_sent = Some(run_state);
         if kind == EpochKind::Full && self.protection == Protection::Tainted {
             self.set_protection(Protection::Protected);
+            self.act(Action::Guardian { armed: true });
         }
         if self.protection == Protection::Syncing {
             self.on_first_ack(epoch);
@@ -226,6 +227,10 @@ impl Primary {
         }
         if kind == EpochKind::Full {
             self.next_kind = EpochKind::Full;
+        }
+        if self.protection == Protection::Protected {
+            // The backup would not take over.
+            self.act(Action::Guardian { armed: false });
         }
         self.set_protection(Protection::Tainted);
         self.report(Report::Tainted(text));

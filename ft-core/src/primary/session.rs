@@ -103,7 +103,9 @@ impl Primary {
         if (frame.vm, frame.session) != ours && !matches!(message, Message::Refused { .. }) {
             return self.break_link("message of another VM or session".to_owned());
         }
-        if frame.term > self.term && !matches!(message, Message::Refused { .. }) {
+        // A primary that was started once more after a failover has stored that term.
+        let activated = matches!(&message, Message::Hello(hello) if hello.activated);
+        if activated || frame.term > self.term && !matches!(message, Message::Refused { .. }) {
             let never_protected =
                 self.acknowledged == Epoch::NONE && !self.backup_may_activate && !self.hold.fenced;
             match &message {
@@ -231,6 +233,9 @@ impl Primary {
     }
 
     pub(super) fn on_refused(&mut self, code: RefusalCode, text: String) {
+        if matches!(self.link, LinkState::Greeting { .. }) {
+            self.act(Action::DropProof);
+        }
         let temporary = code == RefusalCode::Busy || self.backup_may_activate;
         if !temporary && self.acknowledged == Epoch::NONE {
             self.act(Action::CloseLink);
@@ -337,14 +342,14 @@ impl Primary {
     fn superseded(&mut self, term: Term, message: &Message) {
         self.term = term;
         self.act(Action::FenceVm);
+        let runs_there = !matches!(message, Message::Hello(hello) if !hello.activated);
+        // Then it must not be started here again.
         self.act(Action::StoreTerm {
             term,
-            protected: false,
+            protected: runs_there,
         });
         self.act(Action::EndVm);
-        if let Message::Hello(hello) = message
-            && !hello.activated
-        {
+        if !runs_there {
             let text = "the backup has a higher term, but does not run the guest".to_owned();
             return self.finish(End::Lost(text));
         }

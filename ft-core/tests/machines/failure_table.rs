@@ -5,8 +5,8 @@ use std::time::Duration;
 use crate::rig::{EPOCH, LEASE, MAX_UNACKED, Pair, primary_config};
 use ft_core::backup;
 use ft_core::primary::{
-    self, Action, Command, End, GateState, Input, LinkDown, OnBackupLoss, Protection, QemuEvent,
-    Report, Step,
+    self, Action, Command, End, GateState, Input, LinkDown, OnBackupLoss, PrimaryConfig,
+    Protection, QemuEvent, Report, Step,
 };
 use ft_core::{Epoch, EpochKind, RunState};
 
@@ -54,6 +54,23 @@ fn primary_cut_off() {
     );
     assert!(pair.primary.has(|a| *a == Action::EndVm));
     assert!(!pair.primary.has(|a| *a == Action::Gate(GateState::Open)));
+    // Started once more on this host, it must not get far.
+    let stored = pair.primary.done.iter().rev().find_map(|a| match a {
+        Action::StoreTerm { term, protected } => Some((*term, *protected)),
+        _ => None,
+    });
+    let (term, protected) = stored.expect("it has stored the term");
+    assert!(protected, "the backup runs the guest");
+    let config = primary_config();
+    let session = ft_core::Session(config.session.0 + 1);
+    pair.start_primary(PrimaryConfig {
+        term,
+        session,
+        ..config
+    });
+    pair.pass(Duration::from_secs(1));
+    assert!(matches!(pair.primary.end(), Some(End::FailedOver { .. })));
+    assert!(pair.primary.has(|a| *a == Action::EndVm));
 }
 
 #[test]
@@ -65,6 +82,8 @@ fn qemu_dies_and_the_daemon_lives() {
     pair.settle();
     assert!(pair.backup.activated().is_some());
     assert!(matches!(pair.primary.end(), Some(End::FailedOver { .. })));
+    // Its QMP connection may be all that has ended.
+    assert!(pair.primary.has(|a| *a == Action::EndVm));
 }
 
 #[test]
@@ -228,6 +247,22 @@ fn a_throttled_guest_goes_on_after_the_link_is_back() {
 }
 
 #[test]
+fn a_throttled_guest_goes_on_after_a_detach() {
+    let mut pair = Pair::protected();
+    pair.cut = true;
+    pair.pass(EPOCH + MAX_UNACKED + Duration::from_millis(10));
+    assert!(!pair.primary.vm_runs, "throttled");
+    let detach = Input::Command(Command::Detach);
+    pair.primary.machine.handle(pair.now, detach);
+    pair.settle();
+    pair.cut = false;
+    pair.lose_link();
+    pair.pass(Duration::from_secs(1));
+    assert_eq!(pair.primary.end(), Some(&End::Detached));
+    assert!(pair.primary.vm_runs);
+}
+
+#[test]
 fn shape_changes() {
     let mut pair = Pair::protected();
     let changed = Input::ShapeChanged("a device appeared".to_owned());
@@ -374,6 +409,12 @@ fn audit_finds_a_difference() {
     pair.backup.audit_differs = true;
     pair.pass(EPOCH + Duration::from_millis(5));
     pair.pass(5 * EPOCH);
+    // Meanwhile the backup would not take over: the guardian must not end the only copy.
+    let armed = pair.primary.done.iter().filter_map(|a| match a {
+        Action::Guardian { armed } => Some(*armed),
+        _ => None,
+    });
+    assert_eq!(armed.collect::<Vec<_>>(), [true, false, true]);
     let full = |a: &Action| {
         matches!(
             a,

@@ -119,7 +119,7 @@ fn primary() {
             let pair = Pair::protected();
             (pair.primary, pair.now)
         } else {
-            (PrimaryRig::new(primary_config()), Micros(0))
+            (PrimaryRig::new(primary_config(), Micros(0)), Micros(0))
         };
         let begun = rig.machine.status().last_acknowledged;
         rig.done.clear();

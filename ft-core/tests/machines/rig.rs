@@ -90,13 +90,13 @@ pub(crate) fn backup_config() -> BackupConfig {
 }
 
 impl PrimaryRig {
-    pub(crate) fn new(config: PrimaryConfig) -> PrimaryRig {
+    pub(crate) fn new(config: PrimaryConfig, now: Micros) -> PrimaryRig {
         let vm = PrimaryVm {
             shape: VmShape::default(),
             running: true,
         };
         PrimaryRig {
-            machine: Primary::new(config, vm, Micros(0)),
+            machine: Primary::new(config, vm, now),
             answers: VecDeque::new(),
             done: Vec::new(),
             sent: VecDeque::new(),
@@ -354,13 +354,19 @@ impl Pair {
     pub(crate) fn new(config: PrimaryConfig) -> Pair {
         Pair {
             now: Micros(0),
-            primary: PrimaryRig::new(config),
+            primary: PrimaryRig::new(config, Micros(0)),
             backup: BackupRig::new(backup_config()),
             link: 0,
             connected: false,
             cut: false,
             acks_held: false,
         }
+    }
+
+    /// Another daemon on the primary's host, with a guest of its own.
+    pub(crate) fn start_primary(&mut self, config: PrimaryConfig) {
+        self.lose_link();
+        self.primary = PrimaryRig::new(config, self.now);
     }
 
     /// A pair that has acknowledged epochs.
