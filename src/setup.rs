@@ -30,9 +30,10 @@ use crate::config::{Mode, QemuSource, Settings};
 use crate::control::ControlServer;
 use crate::doctor;
 use crate::driver::backup::{self, BackupWorker, Standby};
+use crate::driver::clock;
 use crate::driver::primary::{self, PrimaryWorker, Qemu, Workshop};
 use crate::driver::report::Facts;
-use crate::driver::{clock, worker::Worker};
+use crate::driver::worker::{JOBS, Worker};
 use crate::events::{Attached, Events};
 use crate::exit::{self, Exit};
 use crate::guard::Guard;
@@ -271,8 +272,10 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     guard.set(true)?;
     let control = ControlServer::bind(&settings.control)?;
     let worker = BackupWorker::new(ram);
-    let worker = Worker::start("apply", move |desk| worker.run(&desk))?;
-    let nursery = Worker::start("nursery", move |desk| nursery.run(&desk))?;
+    // While an epoch is applied, chunks of the next one may come, as many as there are, to be checked.
+    let jobs = arena.stats().limit_chunks + JOBS;
+    let worker = Worker::start("apply", jobs, move |desk| worker.run(&desk))?;
+    let nursery = Worker::start("nursery", JOBS, move |desk| nursery.run(&desk))?;
     let config = BackupConfig {
         vm_id: settings.vm_id.clone(),
         vm: vm_tag(&settings.vm_id),
@@ -392,8 +395,9 @@ fn refuse_second_copy(store: &StateStore, settings: &Settings) -> anyhow::Result
         return Ok(());
     }
     let text = format!(
-        "the VM {} was protected when its daemon on this host ended, so its backup may run it now: \
-         look there (curling-rdma status --mode backup). If it runs nowhere, remove {} and start again",
+        "the VM {} was protected when its daemon on this host ended, or its backup had taken over: so the \
+         backup may run it now, look there (curling-rdma status --mode backup). If it runs nowhere, \
+         remove {} and start again",
         settings.vm_id,
         store.path().display()
     );

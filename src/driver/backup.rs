@@ -445,6 +445,9 @@ impl Driver {
                 }
             }
             Action::UseLink(id) => {
+                // Links that are broken were kept for their proof: this one has its own.
+                self.links
+                    .retain(|other, connection| *other == id || !connection.broken);
                 self.current = Some(id);
                 if let Some(lane) = self.links.get(&id).and_then(|c| c.link.proof_fd()) {
                     self.parts.standby.hold_proof(lane);
@@ -505,6 +508,8 @@ impl Driver {
             }
             Action::RespawnAndActivate { run_state, .. } => {
                 self.run_state = run_state;
+                // It may live on, refusing the state, with ports and taps that the next one needs.
+                self.parts.standby.kill();
                 self.parts.nursery.submit(Wish::Standby);
             }
             Action::ForgetImage => self.device_state.clear(),

@@ -495,6 +495,10 @@ impl Driver {
             Action::Connect => self.connect(),
             Action::CloseLink => self.close_link(),
             Action::KeepProof => self.keep_proof(),
+            Action::DropProof => {
+                self.next_proof = None;
+                self.parts.qemu.drop_newest_proof();
+            }
             Action::Send(message) => self.send(&message),
             Action::Push { index, to, tag } => self.push(index, Grant(to.0), tag.pack()),
 
@@ -591,6 +595,13 @@ impl Driver {
         self.parts.qemu.flush();
         let mut results = std::mem::take(&mut self.results);
         self.parts.workshop.submit(job, &mut results);
+        if results
+            .iter()
+            .any(|done| matches!(done, Done::Harvested(_)))
+        {
+            // As in `on_ready`: a `cont` of somebody else must be known before.
+            self.on_qemu();
+        }
         results.drain(..).for_each(|done| self.on_done(done));
         self.results = results;
     }

@@ -87,11 +87,19 @@ impl HeldProofs {
         commands
     }
 
+    /// The command by which QEMU closes the newest copy, if it has any.
+    pub(crate) fn drop_newest(&mut self) -> Option<Command> {
+        self.names.pop().map(close)
+    }
+
     /// The commands by which QEMU closes all copies.
     pub(crate) fn drop_all(&mut self) -> Vec<Command> {
-        let close = |name: String| Command::new("closefd").arg("fdname", name);
         self.names.drain(..).map(close).collect()
     }
+}
+
+fn close(name: String) -> Command {
+    Command::new("closefd").arg("fdname", name)
 }
 
 #[cfg(test)]

@@ -10,9 +10,8 @@ use std::thread::JoinHandle;
 use anyhow::Context;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// Jobs or results that may wait. A machine has at most a window of chunks and a few jobs under
-/// way, so a full queue is a bug of ours.
-const QUEUE_MAX: usize = 4096;
+/// Jobs and results of a machine that may wait, beside those that chunks make.
+pub(crate) const JOBS: usize = 64;
 
 /// The driver's end.
 #[derive(Debug)]
@@ -36,13 +35,15 @@ pub(crate) struct Desk<J, R> {
 }
 
 impl<J: Send + 'static, R: Send + 'static> Worker<J, R> {
-    /// Starts the thread; it ends when the `Worker` is dropped, after the job it is at.
+    /// Starts the thread; it ends when the `Worker` is dropped, after the job it is at. That more
+    /// than `jobs` of them, or of their results, wait is a bug of ours.
     pub(crate) fn start(
         name: &str,
+        jobs: usize,
         work: impl FnOnce(Desk<J, R>) + Send + 'static,
     ) -> anyhow::Result<Worker<J, R>> {
-        let (jobs, their_jobs) = sync_channel(QUEUE_MAX);
-        let (their_results, results) = sync_channel(QUEUE_MAX);
+        let (their_results, results) = sync_channel(jobs);
+        let (jobs, their_jobs) = sync_channel(jobs);
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let ready = Arc::new(EventFd::from_flags(flags).context("making an eventfd")?);
         let finished = Arc::new(AtomicU64::new(0));
@@ -71,7 +72,7 @@ impl<J: Send + 'static, R: Send + 'static> Worker<J, R> {
         self.submitted.set(self.submitted.get() + 1);
         match self.jobs.as_ref().map(|jobs| jobs.try_send(job)) {
             Some(Ok(())) => {}
-            Some(Err(TrySendError::Full(_))) => panic!("{QUEUE_MAX} jobs wait for the worker"),
+            Some(Err(TrySendError::Full(_))) => panic!("too many jobs wait for the worker"),
             Some(Err(TrySendError::Disconnected(_))) | None => panic!("the worker thread is gone"),
         }
     }

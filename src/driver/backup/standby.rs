@@ -95,7 +95,10 @@ impl Standby {
     pub(super) fn activate(&mut self, state: &[u8], run_state: RunState) -> anyhow::Result<()> {
         let memory = into_memory(state).context("keeping the device state")?;
         self.run_state = run_state;
-        self.activation = Some(Activation::begin(&mut self.qmp, memory.as_fd())?);
+        let activation = Activation::begin(&mut self.qmp, memory.as_fd());
+        // Its end is told once.
+        self.gone |= activation.is_err();
+        self.activation = Some(activation?);
         Ok(())
     }
 
@@ -109,7 +112,7 @@ impl Standby {
             self.on_message(message, inputs);
         }
         let alive = self.process.is_alive().unwrap_or(false);
-        if !alive || result.is_err() {
+        if !self.gone && (!alive || result.is_err()) {
             self.gone = true;
             let said = self.process.stderr_tail();
             let text = match (alive, result) {
@@ -138,6 +141,7 @@ impl Standby {
                 if let Some(activation) = &mut self.activation
                     && let Err(error) = activation.start(&mut self.qmp)
                 {
+                    self.gone = true;
                     inputs.push(StandbyInput::ActivationFailed(error.to_string()));
                 }
             }
@@ -183,7 +187,7 @@ impl Standby {
         }
     }
 
-    /// Ends a rehearsal, however far it is.
+    /// Ends a rehearsal, however far it is, or what failed to be activated.
     pub(super) fn kill(&mut self) {
         self.active = false;
         self.gone = false;

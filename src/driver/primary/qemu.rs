@@ -295,8 +295,17 @@ impl Qemu {
 
     pub(super) fn drop_old_proofs(&mut self) {
         let commands = self.proofs.drop_old();
-        self.batch
-            .extend(commands.into_iter().map(|c| (c, Purpose::Other("closefd"))));
+        self.close_proofs(commands);
+    }
+
+    pub(super) fn drop_newest_proof(&mut self) {
+        let command = self.proofs.drop_newest();
+        self.close_proofs(command);
+    }
+
+    fn close_proofs(&mut self, commands: impl IntoIterator<Item = Command>) {
+        let close = |command| (command, Purpose::Other("closefd"));
+        self.batch.extend(commands.into_iter().map(close));
     }
 
     pub(super) fn next_timeout(&self) -> Option<Micros> {
@@ -486,6 +495,7 @@ impl Qemu {
     /// and free to power off.
     pub(super) fn leave(mut self, workshop: Workshop, guest_stays: bool) {
         workshop.leave();
+        self.flush(); // a last `cont`
         if self.gone || self.ended || !guest_stays {
             // Not before QEMU has ended: a gate that is away holds nothing.
             let patience = if self.ended {

@@ -16,6 +16,8 @@ use crate::driver::worker::Worker;
 const SHORT_CHUNKS: usize = 8;
 /// Pages that the driver packs at most: QEMU's reply to `cont` waits meanwhile.
 const SHORT_PACKED_PAGES: u64 = 64;
+/// That may wait for the driver: a harvest ends with many at once.
+const RESULTS: usize = 4096;
 /// A scan that takes longer is not the driver's.
 const SHORT_SCAN: Duration = Duration::from_millis(3);
 
@@ -36,7 +38,7 @@ impl Workshop {
     pub(crate) fn start(worker: PrimaryWorker, scan: Duration) -> anyhow::Result<Workshop> {
         let worker = Arc::new(Mutex::new(Some(worker)));
         let theirs = Arc::clone(&worker);
-        let thread = Worker::start("harvest", move |desk| {
+        let thread = Worker::start("harvest", RESULTS, move |desk| {
             while let Some(job) = desk.next() {
                 if let Some(worker) = lock(&theirs).as_mut() {
                     let rest = worker.handle(job, usize::MAX, &mut |done| desk.report(done));
