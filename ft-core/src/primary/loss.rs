@@ -69,6 +69,10 @@ impl Primary {
                     self.report(Report::Error(text.to_owned()));
                 }
             }
+            Command::Continue if self.link.is_up() && !self.hold.fenced => {
+                let text = "continue refused: the backup is there, and protects the guest";
+                self.report(Report::Error(text.to_owned()));
+            }
             Command::Continue => {
                 let text = "the operator said continue: the backup may have activated";
                 self.break_link("the operator said continue".to_owned());
