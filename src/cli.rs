@@ -40,9 +40,9 @@ The defaults:
   An epoch begins every 20 ms, sooner when the guest has sent something and later when it is idle:
   what the guest did in the last one is what a failover may repeat. Its packets leave when the
   backup has their epoch (--gate), so nobody has heard of what is repeated.
-  A primary that hears nothing for 1000 ms stops its guest for good, and the backup starts it a
-  little later: the network may be silent for that long without harm. A process that is killed is
-  noticed at once.
+  A primary that hears nothing for 1000 ms stops its guest until the backup is heard again, and the
+  backup starts it a little later: the network may be silent for that long without harm. A process
+  that is killed is noticed at once.
   If the backup falls silent without proof of its death, the guest stops (--on-backup-loss pause):
   never two copies.
 
