@@ -104,7 +104,8 @@ impl Primary {
             return self.break_link("message of another VM or session".to_owned());
         }
         // A primary that was started once more after a failover has stored that term.
-        let activated = matches!(&message, Message::Hello(hello) if hello.activated);
+        let activated =
+            frame.term >= self.term && matches!(&message, Message::Hello(hello) if hello.activated);
         if activated || frame.term > self.term && !matches!(message, Message::Refused { .. }) {
             let never_protected =
                 self.acknowledged == Epoch::NONE && !self.backup_may_activate && !self.hold.fenced;
