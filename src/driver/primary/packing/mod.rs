@@ -68,11 +68,7 @@ impl Packer {
 
     /// Whether the next delta epoch is to be packed, on a link for which that is `worth` trying.
     pub(super) fn packs(&self, worth: bool) -> bool {
-        match self.deltas {
-            Deltas::Off => false,
-            Deltas::On => true,
-            Deltas::Auto => worth && self.choice.packs(),
-        }
+        self.packs_state(worth) && (self.deltas == Deltas::On || self.choice.packs())
     }
 
     /// Whether the device state of an epoch is to be packed, on a link for which that is `worth`
