@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use bench::measure::{Epoch, epochs};
 use bench::process::Workplace;
 use bench::report::plot::{Bar, bars, number};
 use bench::report::{Bound, Figure, Group, Latency, Ratio, Table, median, quantile};
@@ -70,14 +71,6 @@ struct Seen {
     protected: Vec<f64>,
     clock_lost: Vec<f64>,
     epochs: Vec<Epoch>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Epoch {
-    pause_us: u64,
-    commit_us: u64,
-    dirty_pages: u64,
-    bytes: u64,
 }
 
 pub(crate) fn measure(options: &Options) -> Result<Group> {
@@ -158,12 +151,9 @@ impl Seen {
         self.clock_lost.push(clock_lost?);
         let until_us = bench::pair::now_us();
         let events = hosts.primary()?.events();
-        let during = |event: &&Value| {
-            let at_us = event["time_us"].as_u64().unwrap_or(0);
-            event["event"] == "epoch" && (from_us..until_us).contains(&at_us)
-        };
+        let during = from_us..=until_us;
         self.epochs
-            .extend(events.iter().filter(during).filter_map(Epoch::of));
+            .extend(epochs(&events, &[], |at| during.contains(&at)));
         hosts.unprotect()
     }
 
@@ -197,17 +187,6 @@ impl Seen {
             "pause_us": Latency::of_us(&self.each(|e| e.pause_us)).to_json(),
             "commit_us": Latency::of_us(&self.each(|e| e.commit_us)).to_json(),
             "rates_free": self.free, "rates_protected": self.protected,
-        })
-    }
-}
-
-impl Epoch {
-    fn of(event: &Value) -> Option<Epoch> {
-        Some(Epoch {
-            pause_us: event["pause_us"].as_u64()?,
-            commit_us: event["commit_us"].as_u64()?,
-            dirty_pages: event["dirty_pages"].as_u64()?,
-            bytes: event["bytes"].as_u64()?,
         })
     }
 }
