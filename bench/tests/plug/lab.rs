@@ -1,7 +1,6 @@
-//! What both tests do with a lab.
+//! What a test of the plug does with a lab.
 
 use std::ops::Deref;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -15,12 +14,8 @@ pub(crate) const PORT: u16 = 7000;
 const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// A machine has processors for one lab at a time.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
 pub(crate) struct Hosts {
     lab: Lab,
-    _alone: MutexGuard<'static, ()>,
 }
 
 impl Deref for Hosts {
@@ -33,10 +28,8 @@ impl Deref for Hosts {
 
 impl Hosts {
     pub(crate) fn up() -> Result<Hosts> {
-        let alone = ONE_AT_A_TIME.lock();
-        let _alone = alone.unwrap_or_else(PoisonError::into_inner);
         let lab = Lab::up(Settings::new()?)?;
-        Ok(Hosts { lab, _alone })
+        Ok(Hosts { lab })
     }
 
     /// Runs a command line, which has to succeed, and returns what it says.
