@@ -277,6 +277,8 @@ fn waiting_output_is_noticed_once_an_epoch() {
         net.send(2);
         wait_for_output(&mut gate);
         net.send(3);
+        assert!(!gate.drain(), "once is enough");
+        assert!(gate.waiting_fd().is_none(), "nor does it wake anybody");
         perform(&mut gate, Operation::Advance);
         assert!(!gate.drain(), "it was sent before");
         perform(&mut gate, Operation::Release);

@@ -13,34 +13,27 @@
 //!
 //! All of this is the kernel's. When the daemon ends, packets stay held; a plug or a device that
 //! somebody removes takes what it holds along, and the redirection into nothing drops the rest.
-//! Waiting output is noticed by the tap's own counter, which a packet raises before it is held and
-//! not again when it is released.
 
+mod ear;
 mod message;
 mod netlink;
 mod tap;
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::BorrowedFd;
 use std::thread::sleep;
 use std::time::Duration;
-
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::{Gate, GateError, Operation};
 use crate::qmp::Command;
 use crate::shape::Nic;
+use ear::Ear;
 use netlink::{Netlink, Plug, QueueStatistics};
 use tap::find_taps;
 
 /// Bytes that a plug holds for one NIC, of both epochs; it drops what is over. An epoch of 20 ms
 /// at 25 Gbit/s.
 const HELD_BYTES: u32 = 64 << 20;
-/// How often the taps' counters are looked at, until output is found.
-const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// A queue that was opened drains within microseconds. How often, and how far apart, to look.
 const DRAIN_LOOKS: u32 = 100;
 const DRAIN_PAUSE: Duration = Duration::from_micros(50);
@@ -51,8 +44,8 @@ pub struct PlugGate {
     netlink: Netlink,
     nics: Vec<PluggedNic>,
     stage: Stage,
-    /// Runs while the gate is closed and nothing is known to wait.
-    look: TimerFd,
+    /// Listens while the gate is closed and nothing is known to wait.
+    ear: Ear,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,10 +64,6 @@ struct PluggedNic {
     tap: String,
     tap_device: u32,
     ifb_device: u32,
-    /// `/sys/class/net/TAP/statistics/rx_packets`: what the guest has sent.
-    sent: File,
-    /// `None`: whatever it is, there is output.
-    sent_seen: Option<u64>,
     dropped: u32,
 }
 
@@ -89,11 +78,7 @@ impl PlugGate {
             netlink: Netlink::open().map_err(|e| failed("opening netlink", e))?,
             nics: Vec::new(),
             stage: Stage::Open,
-            look: TimerFd::new(
-                ClockId::CLOCK_MONOTONIC,
-                TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
-            )
-            .map_err(|e| failed("timerfd_create", e.into()))?,
+            ear: Ear::new().map_err(|e| failed("epoll_create1", e))?,
         };
         for found in find_taps(nics, pid)? {
             let unsupported = |why: String| GateError::NoPlug {
@@ -101,13 +86,16 @@ impl PlugGate {
                 why,
             };
             let nic = PluggedNic::install(&mut gate.netlink, &found.netdev, &found.tap);
-            match nic {
-                Ok(nic) => gate.nics.push(nic),
-                Err(why) => {
-                    let error = unsupported(why);
-                    gate.take_down();
-                    return Err(error);
-                }
+            let heard = nic.and_then(|nic| {
+                let heard = gate.ear.add(nic.tap_device);
+                gate.nics.push(nic);
+                heard.map_err(|e| format!("listening to {}: {e} (CAP_NET_RAW)", found.tap))
+            });
+            if let Err(why) = heard {
+                let error = unsupported(why);
+                gate.disconnect();
+                gate.take_down();
+                return Err(error);
             }
         }
         Ok(gate)
@@ -142,26 +130,6 @@ impl PlugGate {
         ))
     }
 
-    /// What was sent until now is not new any more.
-    fn begin_epoch(&mut self) -> Result<(), GateError> {
-        for nic in &mut self.nics {
-            nic.has_sent();
-        }
-        self.watch(true)
-    }
-
-    /// Whether to look for output from now on.
-    fn watch(&mut self, on: bool) -> Result<(), GateError> {
-        let set = match on {
-            true => self.look.set(
-                Expiration::Interval(TimeSpec::from_duration(LOOK_EVERY)),
-                TimerSetTimeFlags::empty(),
-            ),
-            false => self.look.unset(),
-        };
-        set.map_err(|e| failed("setting a timer", e.into()))
-    }
-
     /// Nothing is redirected any more; what is held stays.
     fn disconnect(&mut self) {
         for nic in &self.nics {
@@ -170,7 +138,6 @@ impl PlugGate {
     }
 
     fn take_down(&mut self) {
-        self.disconnect();
         for nic in self.nics.drain(..) {
             let removed = self.netlink.remove_device(nic.ifb_device);
             if let Err(error) = removed {
@@ -199,17 +166,16 @@ impl Gate for PlugGate {
                 self.open_and_drain()?;
                 self.tell(Plug::Buffer)?;
                 self.stage = Stage::Closed;
-                self.begin_epoch()?;
+                self.ear.forget();
             }
             (Operation::Advance, Stage::Closed) => {
                 self.tell(Plug::Buffer)?;
                 self.stage = Stage::Moved;
-                self.begin_epoch()?;
+                self.ear.forget();
             }
             (Operation::Advance, Stage::Moved) => {
                 // What was sent since is output that waits for another boundary.
-                self.nics.iter_mut().for_each(|nic| nic.sent_seen = None);
-                self.watch(true)?;
+                self.ear.again();
             }
             (Operation::Release, Stage::Moved) => {
                 self.tell(Plug::ReleaseOne)?;
@@ -218,7 +184,7 @@ impl Gate for PlugGate {
             (Operation::Open, _) => {
                 self.tell(Plug::ReleaseIndefinite)?;
                 self.stage = Stage::Open;
-                self.watch(false)?;
+                self.ear.stop();
             }
             // The epoch that closed the gate has nothing to release.
             (Operation::Release, Stage::Closed | Stage::Open)
@@ -228,28 +194,11 @@ impl Gate for PlugGate {
     }
 
     fn waiting_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.look.as_fd())
+        self.ear.fd()
     }
 
     fn drain(&mut self) -> bool {
-        let mut any = false;
-        for nic in &mut self.nics {
-            any |= nic.has_sent();
-        }
-        // Either way readable no more: until the next look, or the next boundary.
-        let set = if any {
-            self.watch(false)
-        } else {
-            let mut ticks = [0; 8];
-            match nix::unistd::read(&self.look, &mut ticks) {
-                Ok(_) | Err(nix::errno::Errno::EAGAIN) => Ok(()),
-                Err(error) => Err(failed("reading a timer", error.into())),
-            }
-        };
-        if let Err(error) = set {
-            tracing::warn!("noticing output: {error}");
-        }
-        any
+        self.ear.has_heard()
     }
 
     fn dropped_packets(&self) -> u64 {
@@ -268,6 +217,7 @@ impl Gate for PlugGate {
     }
 
     fn discard(&mut self) {
+        self.disconnect();
         self.take_down();
     }
 }
@@ -279,8 +229,6 @@ impl PluggedNic {
         let tap_device = index_of(tap).ok_or_else(|| {
             format!("{tap} is not in this network namespace: run the daemon where the tap is")
         })?;
-        let counter = format!("/sys/class/net/{tap}/statistics/rx_packets");
-        let sent = File::open(&counter).map_err(|e| format!("opening {counter}: {e}"))?;
         // A tap is told by its number: it may have been renamed.
         let ifb = format!("ftplug{tap_device}");
         if let Some(left) = index_of(&ifb) {
@@ -296,8 +244,6 @@ impl PluggedNic {
             tap: tap.to_owned(),
             tap_device,
             ifb_device: 0,
-            sent,
-            sent_seen: Some(0),
             dropped: 0,
         };
         let Some(ifb_device) = index_of(&ifb) else {
@@ -349,19 +295,6 @@ impl PluggedNic {
             let why = format!("redirecting {tap}: {error} (modules cls_matchall and act_mirred)");
             (true, why)
         })
-    }
-
-    /// Whether the guest has sent something since the last look.
-    fn has_sent(&mut self) -> bool {
-        let mut text = [0; 32];
-        let read = self.sent.read_at(&mut text, 0);
-        let now = read
-            .ok()
-            .and_then(|length| std::str::from_utf8(&text[..length]).ok())
-            .and_then(|text| text.trim().parse().ok());
-        // A tap that is gone sends nothing.
-        let now = now.or(self.sent_seen);
-        std::mem::replace(&mut self.sent_seen, now) != now
     }
 
     fn disconnect(&self, netlink: &mut Netlink) {
