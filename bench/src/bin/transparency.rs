@@ -10,7 +10,7 @@ use bench::pair::now_us;
 use bench::process::Workplace;
 use bench::report::{quantile, quantiles};
 use bench::transparency::checker::{Verdict, acknowledged_within, judge};
-use bench::transparency::clients::Crowd;
+use bench::transparency::clients::{Crowd, STUCK_AFTER};
 use bench::transparency::hosts::{Death, Hosts};
 use bench::transparency::latency::{clock_lost_percent, floors_us, ping_pongs_us, requests_us};
 use bench::transparency::log::now_us as monotonic_us;
@@ -83,6 +83,9 @@ enum What {
         redis: u64,
         #[arg(long)]
         postgres: u64,
+        /// An answer that takes longer does not come, in seconds
+        #[arg(long, default_value_t = STUCK_AFTER.as_secs())]
+        patience: u64,
     },
 }
 
@@ -104,12 +107,14 @@ fn main() -> ExitCode {
             host,
             redis,
             postgres,
+            patience,
         }) => {
             let crowd = Crowd {
                 host,
                 redis,
                 postgres,
                 run,
+                patience: Duration::from_secs(patience),
             };
             crowd.work(&dir)
         }

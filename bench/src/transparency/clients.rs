@@ -47,10 +47,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    fn connect(self, host: &str) -> io::Result<Box<dyn Database>> {
+    fn connect(self, host: &str, patience: Duration) -> io::Result<Box<dyn Database>> {
         Ok(match self {
-            Kind::Redis => Box::new(Redis::connect(host)?),
-            Kind::Postgres => Box::new(Postgres::connect(host)?),
+            Kind::Redis => Box::new(Redis::connect(host, patience)?),
+            Kind::Postgres => Box::new(Postgres::connect(host, patience)?),
         })
     }
 
@@ -70,6 +70,8 @@ pub struct Crowd {
     pub postgres: u64,
     /// Sets the keys of this run apart from those of others.
     pub run: String,
+    /// An answer that takes longer does not come: [`STUCK_AFTER`], unless all is known to be slow.
+    pub patience: Duration,
 }
 
 impl Crowd {
@@ -82,7 +84,7 @@ impl Crowd {
     pub fn work(&self, dir: &Path) -> Result<()> {
         let stop = AtomicBool::new(false);
         if self.postgres > 0 {
-            Postgres::connect(&self.host)
+            Postgres::connect(&self.host, self.patience)
                 .and_then(|mut p| p.make_table())
                 .context("the table")?;
         }
@@ -92,7 +94,7 @@ impl Crowd {
                 let key = |number: u64| format!("{}-{}-{number}", self.run, kind.name());
                 let (own, other) = (key(number), key((number + 1) % count));
                 let log = Log::create(&dir.join(format!("{own}.jsonl")))?;
-                let database = kind.connect(&self.host);
+                let database = kind.connect(&self.host, self.patience);
                 let database = database.with_context(|| format!("connecting for {own}"))?;
                 clients.push((
                     kind,
@@ -132,7 +134,9 @@ impl Crowd {
     fn read_back(&self, dir: &Path, keys: &[(Kind, String)]) -> Result<()> {
         let mut log = Log::create(&dir.join(format!("{}-read-back.jsonl", self.run)))?;
         for (kind, key) in keys {
-            let listed = kind.connect(&self.host).and_then(|mut d| d.all(key));
+            let listed = kind
+                .connect(&self.host, self.patience)
+                .and_then(|mut d| d.all(key));
             log.write(&match listed {
                 Ok(numbers) => Record::Listed {
                     key: key.clone(),
@@ -205,14 +209,16 @@ fn failed(error: &io::Error) -> Record {
     }
 }
 
+/// A connection whose answers come within `patience`, or fail.
+///
 /// # Errors
 /// Nobody listens there.
-pub(super) fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
+pub(super) fn dial(host: &str, port: u16, patience: Duration) -> io::Result<TcpStream> {
     let address = (host, port).to_socket_addrs()?.next();
     let address = address.ok_or(ErrorKind::AddrNotAvailable)?;
-    let stream = TcpStream::connect_timeout(&address, STUCK_AFTER)?;
+    let stream = TcpStream::connect_timeout(&address, patience)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(STUCK_AFTER))?;
-    stream.set_write_timeout(Some(STUCK_AFTER))?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
     Ok(stream)
 }

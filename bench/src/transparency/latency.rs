@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::GUEST;
+use super::clients::STUCK_AFTER;
 use super::hosts::NETDEV;
 use super::log::Record;
 use super::network::{Host, Network, inside};
@@ -132,7 +133,7 @@ fn answer(listener: &TcpListener, bytes: usize) -> Result<()> {
 /// The guest does not tell the time.
 pub fn clock_lost_percent(network: &Network, wait: Duration) -> Result<f64> {
     let [guest_us, here_us] = inside(&network.outside(), || {
-        let mut redis = Redis::connect(GUEST)?;
+        let mut redis = Redis::connect(GUEST, STUCK_AFTER)?;
         let began = Instant::now();
         let first = redis.time_us()?;
         std::thread::sleep(wait);

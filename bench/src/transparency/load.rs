@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 
 use super::GUEST;
+use super::clients::STUCK_AFTER;
 use super::network::{Network, inside};
 use super::redis::Redis;
 use crate::cache;
@@ -94,7 +95,7 @@ fn redis(network: &Network, time: Duration) -> Result<f64> {
 }
 
 fn set_values(seed: u64, until: Instant) -> Result<u32> {
-    let mut redis = Redis::connect(GUEST)?;
+    let mut redis = Redis::connect(GUEST, STUCK_AFTER)?;
     let mut draw = Draw(seed);
     let text: Vec<u8> = b"a line of text like any other\n"
         .iter()

@@ -3,6 +3,7 @@
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::time::Duration;
 
 use super::clients::{Database, dial};
 
@@ -22,8 +23,8 @@ impl Postgres {
     ///
     /// # Errors
     /// Nobody listens, or the server wants a password.
-    pub fn connect(host: &str) -> io::Result<Postgres> {
-        let stream = BufReader::new(dial(host, PORT)?);
+    pub fn connect(host: &str, patience: Duration) -> io::Result<Postgres> {
+        let stream = BufReader::new(dial(host, PORT, patience)?);
         let mut postgres = Postgres { stream };
         let mut start = PROTOCOL.to_be_bytes().to_vec();
         start.extend(b"user\0postgres\0database\0postgres\0\0");

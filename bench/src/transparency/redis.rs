@@ -2,6 +2,7 @@
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::time::Duration;
 
 use super::clients::{Database, dial};
 
@@ -24,8 +25,8 @@ enum Reply {
 impl Redis {
     /// # Errors
     /// Nobody listens.
-    pub fn connect(host: &str) -> io::Result<Redis> {
-        let stream = BufReader::new(dial(host, PORT)?);
+    pub fn connect(host: &str, patience: Duration) -> io::Result<Redis> {
+        let stream = BufReader::new(dial(host, PORT, patience)?);
         Ok(Redis { stream })
     }
 

@@ -1,6 +1,7 @@
 //! What a test of the plug does with a lab.
 
 use std::ops::Deref;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,13 @@ pub(crate) const PORT: u16 = 7000;
 const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// Two labs at once would take each other's processors.
+static ONE_LAB: Mutex<()> = Mutex::new(());
+
 pub(crate) struct Hosts {
     lab: Lab,
+    // After the lab: fields are dropped in this order.
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Deref for Hosts {
@@ -28,8 +34,9 @@ impl Deref for Hosts {
 
 impl Hosts {
     pub(crate) fn up() -> Result<Hosts> {
+        let turn = ONE_LAB.lock().unwrap_or_else(PoisonError::into_inner);
         let lab = Lab::up(Settings::new()?)?;
-        Ok(Hosts { lab })
+        Ok(Hosts { lab, _turn: turn })
     }
 
     /// Runs a command line, which has to succeed, and returns what it says.

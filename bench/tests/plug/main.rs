@@ -2,3 +2,4 @@
 
 mod comes_back;
 mod lab;
+mod powered_off;
