@@ -25,9 +25,9 @@ const EMPTYING_READS: u32 = 64;
 /// Hears the guests of some taps send.
 #[derive(Debug)]
 pub(super) struct Ear {
+    /// With each socket armed for one event: what was told once is not told again.
     all: Epoll,
     sockets: Vec<OwnedFd>,
-    on: bool,
 }
 
 impl Ear {
@@ -35,24 +35,26 @@ impl Ear {
         Ok(Ear {
             all: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             sockets: Vec::new(),
-            on: false,
         })
     }
 
-    /// Listens to the device with this index too.
+    /// Listens to the device with this index too, from [`Ear::forget`] on.
     ///
     /// # Errors
     /// The kernel refuses: CAP_NET_RAW is missing, or it has no packet sockets.
     pub(super) fn add(&mut self, device: u32) -> io::Result<()> {
         let socket = listen_to(device)?;
-        self.all
-            .add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        let deaf = EpollEvent::new(EpollFlags::EPOLLONESHOT, 0);
+        self.all.add(&socket, deaf)?;
         self.sockets.push(socket);
         Ok(())
     }
 
     /// Whatever was sent until now is not news; what comes next is.
-    pub(super) fn forget(&mut self) {
+    ///
+    /// # Errors
+    /// As [`Ear::again`].
+    pub(super) fn forget(&mut self) -> io::Result<()> {
         for socket in &self.sockets {
             for _ in 0..EMPTYING_READS {
                 match recv(socket.as_raw_fd(), &mut [], MsgFlags::MSG_DONTWAIT) {
@@ -62,30 +64,32 @@ impl Ear {
                 }
             }
         }
-        self.on = true;
+        self.again()
     }
 
     /// Says once more that something was sent, if it was since [`Ear::forget`].
-    pub(super) fn again(&mut self) {
-        self.on = true;
+    ///
+    /// # Errors
+    /// epoll_ctl(2) fails.
+    pub(super) fn again(&mut self) -> io::Result<()> {
+        for socket in &self.sockets {
+            let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+            self.all.modify(socket, &mut EpollEvent::new(once, 0))?;
+        }
+        Ok(())
     }
 
-    /// Nobody wants to know any more.
-    pub(super) fn stop(&mut self) {
-        self.on = false;
-    }
-
-    /// Whether something was sent since [`Ear::forget`]. If so, that is told once.
+    /// Whether something was sent that was not told yet.
     pub(super) fn has_heard(&mut self) -> bool {
-        let mut ready = [EpollEvent::empty()];
-        let heard = self.on && self.all.wait(&mut ready, EpollTimeout::ZERO) != Ok(0);
-        self.on &= !heard;
-        heard
+        let mut heard = [EpollEvent::empty(); 8];
+        self.all.wait(&mut heard, EpollTimeout::ZERO) != Ok(0)
     }
+}
 
-    /// Readable when something was sent.
-    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.on.then_some(self.all.0.as_fd())
+/// Readable when something was sent that was not told yet.
+impl AsFd for Ear {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.all.0.as_fd()
     }
 }
 

@@ -20,7 +20,7 @@ mod netlink;
 mod tap;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ pub struct PlugGate {
     netlink: Netlink,
     nics: Vec<PluggedNic>,
     stage: Stage,
-    /// Listens while the gate is closed and nothing is known to wait.
+    /// For output that begins to wait.
     ear: Ear,
 }
 
@@ -130,6 +130,10 @@ impl PlugGate {
         ))
     }
 
+    fn listen(&mut self, how: fn(&mut Ear) -> io::Result<()>) -> Result<(), GateError> {
+        how(&mut self.ear).map_err(|e| failed("listening for output", e))
+    }
+
     /// Nothing is redirected any more; what is held stays.
     fn disconnect(&mut self) {
         for nic in &self.nics {
@@ -166,16 +170,16 @@ impl Gate for PlugGate {
                 self.open_and_drain()?;
                 self.tell(Plug::Buffer)?;
                 self.stage = Stage::Closed;
-                self.ear.forget();
+                self.listen(Ear::forget)?;
             }
             (Operation::Advance, Stage::Closed) => {
                 self.tell(Plug::Buffer)?;
                 self.stage = Stage::Moved;
-                self.ear.forget();
+                self.listen(Ear::forget)?;
             }
             (Operation::Advance, Stage::Moved) => {
                 // What was sent since is output that waits for another boundary.
-                self.ear.again();
+                self.listen(Ear::again)?;
             }
             (Operation::Release, Stage::Moved) => {
                 self.tell(Plug::ReleaseOne)?;
@@ -184,7 +188,6 @@ impl Gate for PlugGate {
             (Operation::Open, _) => {
                 self.tell(Plug::ReleaseIndefinite)?;
                 self.stage = Stage::Open;
-                self.ear.stop();
             }
             // The epoch that closed the gate has nothing to release.
             (Operation::Release, Stage::Closed | Stage::Open)
@@ -194,7 +197,7 @@ impl Gate for PlugGate {
     }
 
     fn waiting_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ear.fd()
+        Some(self.ear.as_fd())
     }
 
     fn drain(&mut self) -> bool {
