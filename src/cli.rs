@@ -112,7 +112,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "MS")]
     pub(crate) min_epoch_ms: Option<u64>,
     /// Primary: the longest epoch, in milliseconds, of a gated guest that does and says next to
-    /// nothing [default: 100].
+    /// nothing [default: 250].
     #[arg(long, value_name = "MS")]
     pub(crate) idle_epoch_ms: Option<u64>,
     /// Primary: milliseconds between heartbeats [default: 50].

@@ -25,7 +25,7 @@ use crate::driver::primary::Deltas;
 
 const EPOCH_MS: u64 = 20;
 const EPOCH_MIN_MS: u64 = 2;
-const EPOCH_IDLE_MS: u64 = 100;
+const EPOCH_IDLE_MS: u64 = 250;
 const HEARTBEAT_MS: u64 = 50;
 const FAILOVER_AFTER_MS: u64 = 1000;
 const MAX_UNACKED_MS: u64 = 2000;
@@ -437,7 +437,7 @@ impl Times {
             "--idle-epoch-ms",
             idle_ms,
             epoch_ms..=10_000,
-            "100 suits most guests; it is at least --epoch-ms",
+            "250 suits most guests; it is at least --epoch-ms",
         )?;
         in_range(
             "--heartbeat-ms",

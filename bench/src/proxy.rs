@@ -25,8 +25,6 @@ use serde_json::{Value, json};
 const FLOOR_EVERY: u64 = 3;
 /// Of the guests that floors are measured with.
 const NETDEV: &str = "n0";
-/// After the daemon's `cont`, so that both kinds of pause meet the same guest.
-const FLOOR_DELAY: Duration = Duration::from_millis(8);
 
 /// Called with a command's name before QEMU gets it.
 pub type Hook = Box<dyn FnMut(&str) + Send>;
@@ -140,6 +138,9 @@ struct Floors {
     sink: File,
     handed_over: bool,
     boundaries: u64,
+    /// Of the last boundary, and how long the guest had run before it.
+    resumed: Instant,
+    ran: Duration,
     due: Option<Instant>,
     stage: Stage,
 }
@@ -172,6 +173,8 @@ impl Floors {
             sink,
             handed_over: false,
             boundaries: 0,
+            resumed: Instant::now(),
+            ran: Duration::ZERO,
             due: None,
             stage,
         })
@@ -276,9 +279,15 @@ impl Relay {
             return;
         };
         match name {
+            "stop" => floors.ran = floors.resumed.elapsed(),
             "xen-save-devices-state" => floors.boundaries += 1,
-            "cont" if floors.boundaries > 0 && floors.boundaries.is_multiple_of(FLOOR_EVERY) => {
-                floors.due = Some(Instant::now() + FLOOR_DELAY);
+            "cont" => {
+                floors.resumed = Instant::now();
+                // In the middle between two boundaries: both kinds of pause meet the same guest,
+                // and caches that it had as much time to fill with its own.
+                if floors.boundaries > 0 && floors.boundaries.is_multiple_of(FLOOR_EVERY) {
+                    floors.due = Some(floors.resumed + floors.ran / 2);
+                }
             }
             _ => {}
         }
