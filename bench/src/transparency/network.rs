@@ -65,11 +65,9 @@ impl Network {
                 drop(Network { name: name_of(pid) });
             }
         }
-        let network = Network {
-            name: name_of(std::process::id()),
-        };
-        network.script("up")?;
-        Ok(network)
+        let name = name_of(std::process::id());
+        script("up", &name)?;
+        Ok(Network { name })
     }
 
     /// The namespace of a host.
@@ -81,26 +79,25 @@ impl Network {
     pub fn outside(&self) -> String {
         format!("{}-out", self.name)
     }
-
-    fn script(&self, what: &str) -> Result<()> {
-        let script = repo().join("scripts/namespaces");
-        let status = Command::new(&script).args([what, &self.name]).status();
-        let status = status.with_context(|| format!("running {}", script.display()))?;
-        ensure!(
-            status.success(),
-            "scripts/namespaces {what} {}: {status}",
-            self.name
-        );
-        Ok(())
-    }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        if let Err(error) = self.script("down") {
+        if let Err(error) = script("down", &self.name) {
             eprintln!("{error:#}");
         }
     }
+}
+
+fn script(what: &str, name: &str) -> Result<()> {
+    let script = repo().join("scripts/namespaces");
+    let status = Command::new(&script).args([what, name]).status();
+    let status = status.with_context(|| format!("running {}", script.display()))?;
+    ensure!(
+        status.success(),
+        "scripts/namespaces {what} {name}: {status}"
+    );
+    Ok(())
 }
 
 fn name_of(pid: u32) -> String {
