@@ -157,11 +157,8 @@ fn a_missing_privilege_is_code_6() {
 #[test]
 fn a_qemu_that_can_not_be_had_is_code_3() {
     let scratch = Scratch::new("refused");
-    let mut lines = vec![vec!["/nonexistent/qemu"]];
-    if have_qemu("a_qemu_that_can_not_be_had_is_code_3") {
-        lines.push([&QEMU[..], &["-device", "nvme,serial=1"]].concat());
-    }
-    for line in lines {
+    let unmigratable = [&QEMU[..], &["-device", "nvme,serial=1"]].concat();
+    for line in [vec!["/nonexistent/qemu"], unmigratable] {
         let daemon = Daemon::start(
             &scratch,
             "primary",
@@ -176,9 +173,6 @@ fn a_qemu_that_can_not_be_had_is_code_3() {
 
 #[test]
 fn a_full_disk_stops_neither_protection_nor_answers() {
-    if !have_qemu("a_full_disk_stops_neither_protection_nor_answers") {
-        return;
-    }
     let scratch = Scratch::new("full");
     let mut daemon = Daemon::start(
         &scratch,
@@ -213,9 +207,6 @@ fn a_full_disk_stops_neither_protection_nor_answers() {
 
 #[test]
 fn a_pair_protects_moves_and_tells() {
-    if !have_qemu("a_pair_protects_moves_and_tells") {
-        return;
-    }
     let scratch = Scratch::new("pair");
     let port = free_port();
     let events = |mode| scratch.path(&format!("{mode}.events"));
@@ -308,14 +299,6 @@ fn stderr(output: &Output) -> String {
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
-}
-
-fn have_qemu(test: &str) -> bool {
-    let found = Command::new(QEMU[0]).arg("--version").output().is_ok();
-    if !found {
-        eprintln!("SKIPPED {test} (or a part of it): there is no {}", QEMU[0]);
-    }
-    found
 }
 
 fn free_port() -> u16 {

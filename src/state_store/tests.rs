@@ -1,3 +1,4 @@
+use std::io::Write;
 use std::process::Command;
 
 use super::*;
@@ -202,8 +203,9 @@ impl Drop for Tmpfs {
 #[test]
 fn a_full_disk_fails_nothing() {
     let Some(tmpfs) = Tmpfs::mount() else {
-        eprintln!("SKIPPED a_full_disk_fails_nothing: mounting a tmpfs needs root");
-        return;
+        // Past the harness, which shows nothing of a test that passes: scripts/test counts it.
+        let line = b"\n--- a full disk: NOT RUN: mounting a tmpfs needs root\n";
+        return std::io::stderr().write_all(line).unwrap();
     };
     let mut store = tmpfs.0.open().unwrap();
     let filled = fs::write(tmpfs.0.0.join("filler"), vec![1; 64 << 10]).unwrap_err();

@@ -1,6 +1,7 @@
 //! What is refused, by name, before anything is touched; and what passes.
 
 use std::fs::{self, File, Permissions};
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::time::Duration;
@@ -141,11 +142,12 @@ fn other_guests_are_refused_and_the_right_one_is_not(stage: &Stage) -> Result<()
 /// A user may protect a QEMU of their own, by comparing at least, and nobody else's.
 fn without_privileges_only_own_guests_are_protected(stage: &Stage) -> Result<()> {
     const NOBODY: u32 = 65534;
+    if !Uid::effective().is_root() {
+        // Past the harness, which shows nothing of a test that passes: scripts/test counts it.
+        let line = b"\n--- a daemon without privileges: NOT RUN: only root can become nobody\n";
+        return Ok(std::io::stderr().write_all(line)?);
+    }
     let _sweeper = Sweeper::new(stage);
-    ensure!(
-        Uid::effective().is_root(),
-        "only root can become nobody: run this test as root"
-    );
     let home = stage.dir().join("nobody");
     fs::create_dir(&home)?;
     chown(&home, Some(NOBODY), Some(NOBODY))?;

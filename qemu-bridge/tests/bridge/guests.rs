@@ -1,6 +1,5 @@
 //! Guests that write their RAM in ways that the tests know.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ft_core::image::{ChunkBuilder, ChunkHead, Expect, check_chunk};
@@ -16,7 +15,7 @@ use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::qmp::Command;
 use qemu_bridge::tracker::{Tracker, TrackerChoice, TrackerError, choose};
 
-use crate::support::{PATIENCE, TestDir, TestQemu};
+use crate::support::{PATIENCE, TestDir, TestQemu, has_kvm, not_run};
 
 /// A boot sector that increments one word in each of the pages 0x20 to 0x2f, for ever, with
 /// interrupts off: nothing else is ever written.
@@ -42,9 +41,8 @@ const TOUCHED: u64 = 16;
 /// TCG, and KVM where it is.
 pub(crate) fn accelerators() -> Vec<&'static [&'static str]> {
     let mut found: Vec<&'static [&'static str]> = vec![&["-accel", "tcg"]];
-    match Path::new("/dev/kvm").exists() {
-        true => found.push(&["-accel", "kvm", "-cpu", "qemu64"]),
-        false => eprintln!("NOT TESTED under KVM: there is no /dev/kvm"),
+    if has_kvm() {
+        found.push(&["-accel", "kvm", "-cpu", "qemu64"]);
     }
     found
 }
@@ -138,7 +136,7 @@ impl Guest {
         let here = |choice: &TrackerChoice| match choose(*choice, &self.ram) {
             Ok(_) => true,
             Err(error @ (TrackerError::KernelTooOld { .. } | TrackerError::NoSoftDirty { .. })) => {
-                eprintln!("NOT TESTED with the tracker {choice:?}: {error}");
+                not_run(&format!("the tracker {choice:?}"), &error.to_string());
                 false
             }
             Err(error) => panic!("{choice:?}: {error}"),

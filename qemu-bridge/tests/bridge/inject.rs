@@ -252,7 +252,7 @@ impl Drop for KilledAtEnd {
 fn missing_privilege_names_the_cure_and_compare_is_the_way_out() {
     for qemu in qemus() {
         // A newer QEMU can have all of its blocks shared: comparing them needs no privilege.
-        let shared = Some(&qemu) == newer_qemu().as_ref();
+        let shared = qemu == newer_qemu();
         let machine = if shared { "pc,aux-ram-share=on" } else { "pc" };
         let arguments = ["-accel", "tcg", "-machine", machine, "-nodefaults"];
         let mut guest = Guest::start(&qemu, &arguments, MainRam::Shared, 64);

@@ -17,7 +17,7 @@ use nix::unistd::gettid;
 use qemu_bridge::gate::{Gate, GateError, Operation, PlugGate};
 use qemu_bridge::shape::{Netdev, Nic};
 
-use crate::support::PATIENCE;
+use crate::support::{PATIENCE, not_run};
 
 const TAP: &str = "tap0";
 /// For local experiments. A packet socket for one protocol sees what has passed the ingress hook,
@@ -37,14 +37,14 @@ fn in_a_network(queues: usize, test: impl FnOnce(&mut Net) + Send) {
     std::thread::scope(|scope| {
         let run = scope.spawn(|| {
             if let Err(error) = unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS) {
-                return eprintln!("NOT TESTED: the plug needs root ({error})");
+                return not_run("the plug", &format!("needs root ({error})"));
             }
             let (private, none) = (MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>);
             mount(none, "/", none, private, none).unwrap();
             // What is there names the devices of another namespace.
             mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).unwrap();
             if !tc("qdisc add dev lo root plug limit 1000") {
-                return eprintln!("NOT TESTED: this kernel has no sch_plug (the lab's has)");
+                return not_run("the plug", "this kernel has no sch_plug (the lab's has)");
             }
             test(&mut Net::new(queues));
         });

@@ -94,10 +94,8 @@ fn machines() -> Vec<(String, Vec<&'static str>)> {
         "virtio-net-pci",
     ];
     let mut found: Vec<_> = qemus().into_iter().map(|q| (q, plain.to_vec())).collect();
-    if let Some(qemu) = newer_qemu() {
-        let shared = ["-accel", "tcg", "-machine", "q35,aux-ram-share=on"];
-        found.push((qemu, shared.to_vec()));
-    }
+    let shared = ["-accel", "tcg", "-machine", "q35,aux-ram-share=on"];
+    found.push((newer_qemu(), shared.to_vec()));
     found
 }
 

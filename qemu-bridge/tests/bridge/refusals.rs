@@ -1,8 +1,10 @@
 //! Every refusal that can be provoked on this machine, from a real QEMU.
 
+use std::fs::File;
+
 use qemu_bridge::refusals::{Allowances, refusals};
 
-use crate::support::{PATIENCE, TestDir, TestQemu, qemus};
+use crate::support::{PATIENCE, TestDir, TestQemu, not_run, qemus};
 
 fn refused(qemu: &str, arguments: &[&str], allowed: Allowances) -> Vec<String> {
     let base = ["-nodefaults", "-m", "64", "-machine", "pc"];
@@ -145,9 +147,9 @@ fn nested_virtualisation_is_refused_on_kvm_only() {
     let nests = ["vmx", "svm"]
         .iter()
         .any(|f| host.split_whitespace().any(|w| w == *f));
-    if std::fs::File::open("/dev/kvm").is_err() || !nests {
-        eprintln!("NOT TESTED: nested virtualisation needs /dev/kvm and a processor that nests");
-        return;
+    if File::open("/dev/kvm").is_err() || !nests {
+        let why = "needs a /dev/kvm that can be opened, and a processor that nests";
+        return not_run("nested virtualisation", why);
     }
     let found = under("kvm");
     assert!(found.iter().any(|r| r.cure.contains("=off")), "{found:?}");

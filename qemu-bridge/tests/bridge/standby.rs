@@ -10,7 +10,7 @@ use qemu_bridge::spawn::{
 };
 use qemu_bridge::standby::{Activation, Progress, StandbyError, load_blocking, prepare_standby};
 
-use crate::support::{PATIENCE, TestDir, TestQemu, qemus};
+use crate::support::{PATIENCE, TestDir, TestQemu, has_kvm, qemus};
 
 fn prepared(
     qemu: &str,
@@ -77,8 +77,7 @@ fn state_moves_to_a_standby_that_then_runs() {
             &["tcg", "-machine", "q35", "-device", "virtio-net-pci"],
             &["kvm", "-machine", "pc", "-cpu", "qemu64"],
         ] {
-            if machine[0] == "kvm" && std::fs::File::open("/dev/kvm").is_err() {
-                eprintln!("NOT TESTED on KVM: there is no /dev/kvm that can be opened");
+            if machine[0] == "kvm" && !has_kvm() {
                 continue;
             }
             let dirs = [TestDir::new(), TestDir::new()];

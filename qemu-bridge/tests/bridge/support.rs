@@ -1,7 +1,11 @@
 //! Real QEMUs for the tests: small guests that run only their firmware.
 
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -11,26 +15,39 @@ use qemu_bridge::spawn::{GuestOutput, QemuProcess, SpawnOptions};
 /// Generous: the machines that run the tests are small and shared.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The QEMUs that are here: the installed one, and a newer one from the project's cache.
-pub(crate) fn qemus() -> Vec<String> {
-    let mut found = vec!["qemu-system-x86_64".to_owned()];
-    match newer_qemu() {
-        Some(path) => found.push(path),
-        None => eprintln!(
-            "NOT TESTED on QEMU 10.0: it is not under .cache/qemu-10.0 (scripts/setup unpacks it)"
-        ),
-    }
-    found
+/// The installed QEMU, and a newer one from the project's cache.
+pub(crate) fn qemus() -> [String; 2] {
+    ["qemu-system-x86_64".to_owned(), newer_qemu()]
 }
 
 /// The newer QEMU: what `QEMU_NEWER` names, or the one in the project's cache.
-pub(crate) fn newer_qemu() -> Option<String> {
+pub(crate) fn newer_qemu() -> String {
     if let Ok(path) = std::env::var("QEMU_NEWER") {
-        return Some(path);
+        return path;
     }
     let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/qemu-10.0");
     let path = cache.join("run/qemu-system-x86_64");
-    path.exists().then(|| path.display().to_string())
+    assert!(path.exists(), "no QEMU 10.0: scripts/setup unpacks it");
+    path.display().to_string()
+}
+
+/// Whether this user can run KVM here.
+pub(crate) fn has_kvm() -> bool {
+    let has = File::open("/dev/kvm").is_ok();
+    if !has {
+        not_run("the bridge on KVM", "no /dev/kvm that can be opened");
+    }
+    has
+}
+
+/// Says, once, that something can't be tested here, past the harness, which shows nothing of a
+/// test that passes. `scripts/test` counts these lines.
+pub(crate) fn not_run(what: &str, why: &str) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let line = format!("\n--- {what}: NOT RUN: {why}\n");
+    if SAID.lock().unwrap().insert(line.clone()) {
+        std::io::stderr().write_all(line.as_bytes()).unwrap();
+    }
 }
 
 /// A directory that is gone after the test.

@@ -30,7 +30,7 @@ fn on_two_hosts(config: &TcpConfig, test: impl FnOnce(End<TcpLink>, &dyn Fn()) +
     std::thread::scope(|scope| {
         scope.spawn(move || {
             if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET) {
-                println!("NOT RUN: no network namespaces here: {errno}");
+                crate::not_run("a cut cable", &format!("needs network namespaces: {errno}"));
                 return to_near.send(None).expect("the near host waits");
             }
             to_near.send(Some(gettid())).expect("the near host waits");

@@ -7,29 +7,29 @@ use crate::conformance::{WATCHDOG, wait_readable};
 use transport::rdma::{CmListener, Connecting, RdmaConfig, RdmaLink, device};
 use transport::tcp::{TcpConfig, TcpListener};
 
-/// An address of this host that an RDMA device has. Without one a test can only say so; with
-/// `RDMA_TESTS=required` it fails.
+/// An address of this host that an RDMA device has. Without one the tests can only say so; with
+/// `RDMA_TESTS=required` they fail.
 pub(crate) fn address() -> Option<IpAddr> {
     static ADDRESS: OnceLock<Option<IpAddr>> = OnceLock::new();
-    let found = *ADDRESS.get_or_init(|| {
+    *ADDRESS.get_or_init(|| {
         let interfaces = nix::ifaddrs::getifaddrs().expect("getifaddrs");
         let addresses = interfaces.filter_map(|it| {
             let address = it.address?;
             let four = address.as_sockaddr_in().map(|it| IpAddr::V4(it.ip()));
             four.filter(|it| !it.is_loopback())
         });
-        addresses
+        let found = addresses
             .into_iter()
-            .find(|&it| device::device_of(it).is_ok())
-    });
-    if found.is_none() {
-        assert!(
-            std::env::var_os("RDMA_TESTS").is_none(),
-            "RDMA_TESTS is set, and there is no RDMA device"
-        );
-        eprintln!("NOT RUN: no RDMA device here (scripts/lab has one)");
-    }
-    found
+            .find(|&it| device::device_of(it).is_ok());
+        if found.is_none() {
+            assert!(
+                std::env::var_os("RDMA_TESTS").is_none(),
+                "RDMA_TESTS is set, and there is no RDMA device"
+            );
+            crate::not_run("the link on RDMA", "no RDMA device here (the lab has)");
+        }
+        found
+    })
 }
 
 /// The connecting end and the accepting end of a new link.
