@@ -193,9 +193,33 @@ mod tests {
     #[test]
     fn a_full_disk_stops_nothing() {
         let file = EventFile::open(Path::new("/dev/full"), "primary").unwrap();
-        for _ in 0..10 * QUEUE {
-            file.write(&note("into the void"));
+        for _ in 0..2 {
+            for _ in 0..QUEUE {
+                file.write(&note("into the void"));
+            }
+            file.writer.flush(Duration::from_secs(60));
         }
+        let dropped = file.dropped.load(Ordering::Relaxed);
+        assert_eq!(dropped, 0, "the thread goes on taking lines");
+    }
+
+    #[test]
+    fn once_a_full_disk_has_room_again_what_was_lost_is_said() {
+        let path = Scratch::new("room");
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut sink = Sink::new(full, "/dev/full".into(), "primary", Arc::default());
+        for _ in 0..3 {
+            sink.write(&note("into the void").to_bytes());
+        }
+        sink.file = File::create(&path.0).unwrap();
+        sink.write(&note("after").to_bytes());
+        let lines = parse(&fs::read_to_string(&path.0).unwrap());
+        let [lost, after] = lines.as_slice() else {
+            panic!("{lines:?}")
+        };
+        assert_eq!(lost["event"], "events_lost");
+        assert_eq!(lost["count"], 3);
+        assert_eq!(after["text"], "after");
     }
 
     #[test]
