@@ -16,7 +16,7 @@ use crate::options::Options;
 const EPOCH: Duration = Duration::from_millis(20);
 /// That most guests here write every 20 ms.
 const USUAL_PAGES: u32 = 900;
-/// The limits that the issue sets.
+/// The limits: so many times the floor.
 const P50_OF_FLOOR: f64 = 1.2;
 const P99_OF_FLOOR: f64 = 2.0;
 

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::options::Options;
 
-/// The issue's own, in milliseconds.
+/// The limit of the median, in milliseconds.
 const MEDIAN_MS: f64 = 30.0;
 
 pub(crate) fn measure(options: &Options) -> Result<Group> {

@@ -14,7 +14,7 @@ use crate::options::Options;
 use crate::ram::{Ram, Room};
 use qemu_bridge::tracker::{CompareTracker, Tracker, UffdTracker};
 
-/// The issue's limit: so many times the copy alone, and so much for each GiB that is looked at.
+/// The limit: so many times the copy alone, and so much for each GiB that is looked at.
 const TIMES_COPY: f64 = 1.3;
 const SCAN_US_PER_GIB: f64 = 600.0;
 /// Of how many pages one is dirty where they are scattered, as far as there is room.
@@ -146,7 +146,7 @@ impl Seen {
         self.ram_mib as f64 / 1024.0
     }
 
-    /// What the issue allows, in microseconds.
+    /// What the limit allows, in microseconds.
     fn budget_us(&self) -> f64 {
         let copy = if self.dirt.pages == 0 {
             0.0

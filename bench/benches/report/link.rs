@@ -15,7 +15,7 @@ use crate::laps::{self, Epoch, Lap};
 use crate::options::Options;
 
 const PAGES: [usize; 7] = [0, 16, 256, 1024, 4096, 16_384, 65_536];
-/// The limits: of the speed from so many pages on, of the time up to so many.
+/// The limits: of the speed from so many pages on, of the time up to so many.
 const FAST_FROM: usize = 4096;
 const SPEED_OF_SOCKETS: f64 = 0.95;
 const QUICK_TO: usize = 16;

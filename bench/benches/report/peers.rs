@@ -23,7 +23,7 @@ const EPOCH: Duration = Duration::from_millis(20);
 /// The first checkpoint of QEMU COLO as recorded on such a machine with QEMU 7.2 and 10.0, in six runs, in
 /// milliseconds: the shortest and the longest. In none did it get past the second one.
 const COLO_RECORDED_MS: (f64, f64) = (24.0, 104.0);
-/// The limit.
+/// The limit: COLO's first checkpoint takes at least so many times our pause.
 const COLO_TIMES: f64 = 10.0;
 const COLO_PATIENCE: Duration = Duration::from_secs(20);
 

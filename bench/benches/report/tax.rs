@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::options::{Options, PATIENT};
 
 const EPOCHS_MS: [u64; 5] = [5, 10, 20, 50, 100];
-/// The limits: so many points above what the pauses take; and of a guest without work.
+/// The limits: so many points above what the pauses take; and of a guest without work.
 const POINTS: f64 = 5.0;
 const IDLE_PERCENT: f64 = 2.0;
 /// A rehearsal after the first epoch holds the applies, and the processors.

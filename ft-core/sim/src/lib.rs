@@ -2,7 +2,7 @@
 //!
 //! [`world`] holds two hosts ([`primary_host`], [`backup_host`]) with their [`vm`]s and a
 //! [`net`]work; [`faults`] happen to them; [`checkers`] stand outside the machines and hold what
-//! comes out of them against DESIGN.md's invariants.
+//! comes out of them against the invariants of ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
 pub mod backup_host;

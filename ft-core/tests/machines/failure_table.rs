@@ -1,4 +1,4 @@
-//! Each row of DESIGN.md's failure table that the machines decide.
+//! What comes of each failure, as far as the machines decide it.
 
 use std::time::Duration;
 

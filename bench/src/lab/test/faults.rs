@@ -1,4 +1,4 @@
-//! What DESIGN.md's failure table promises, done to a pair on two hosts, and looked at.
+//! Faults done to a pair on two hosts, and whether all that was promised for them holds.
 
 use std::time::Duration;
 
