@@ -5,8 +5,10 @@
 //! keep its promises. A target runs for `CURLING_FUZZ_SECONDS` (1) from a seed that it prints; a
 //! failure prints the one line that repeats it.
 
+#[path = "fuzz/change.rs"]
+mod change;
 mod common;
-#[path = "fuzz/dice.rs"]
+#[path = "common/dice.rs"]
 mod dice;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

@@ -1,5 +1,6 @@
 //! The two machines without a world around them.
 
+#[path = "../common/dice.rs"]
 mod dice;
 mod failure_table;
 mod fuzz;

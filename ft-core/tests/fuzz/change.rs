@@ -1,7 +1,9 @@
-//! Seeded chance.
+//! What chance does to bytes that began as valid ones.
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+use crate::dice::Dice;
 
 /// Numbers that are as wrong as can be.
 const INTERESTING: [u64; 12] = [
@@ -19,38 +21,7 @@ const INTERESTING: [u64; 12] = [
     u64::MAX,
 ];
 
-/// SplitMix64, and what it decides.
-pub(crate) struct Dice {
-    state: u64,
-}
-
 impl Dice {
-    pub(crate) fn new(seed: u64) -> Dice {
-        Dice { state: seed }
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Below `end`; 0 if that is 0.
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next().checked_rem(end).unwrap_or(0)
-    }
-
-    /// True once in `times`.
-    pub(crate) fn chance(&mut self, times: u64) -> bool {
-        self.below(times) == 0
-    }
-
-    pub(crate) fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
-        &of[self.below(of.len() as u64) as usize]
-    }
-
     /// A value that the strategy generates.
     pub(crate) fn draw<S: Strategy>(&mut self, strategy: &S) -> S::Value {
         let mut seed = [0; 32];

@@ -15,9 +15,9 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    /// Below `end`, which is not 0.
+    /// Below `end`; 0 if that is 0.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+        self.next().checked_rem(end).unwrap_or(0)
     }
 
     /// True once in `times`.
