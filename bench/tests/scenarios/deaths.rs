@@ -77,13 +77,19 @@ fn frozen_daemon_ends_its_guest(stage: &Stage) -> Result<()> {
         "a frozen daemon proves nothing: {failover}"
     );
     pair.primary.process.signal(Signal::SIGCONT)?;
+    primary_has_ended(&mut pair)?;
+    pair.wait_ticking(10, PATIENCE)
+}
+
+/// The old daemon knows that it has failed over, and its guest is gone.
+fn primary_has_ended(pair: &mut Pair) -> Result<()> {
     let code = exit_code(&mut pair.primary)?;
     ensure!(
         code == 4,
         "the primary's daemon ended with {code}, not 4 (failed over)"
     );
     ensure!(pair.guest.wait(PATIENCE)?.is_some(), "two guests run");
-    pair.wait_ticking(10, PATIENCE)
+    Ok(())
 }
 
 /// A QEMU that can't even stop its guest is frozen; what becomes of it is the backup's to say: it goes
@@ -105,13 +111,7 @@ fn frozen_qemu_waits_for_the_backups_word(stage: &Stage) -> Result<()> {
     // Saves were given up before: this pair can't tell which copy is the survivor's.
     pair.backup.wait_event("failover", PATIENCE)?;
     pair.primary.process.signal(Signal::SIGCONT)?;
-    let code = exit_code(&mut pair.primary)?;
-    ensure!(
-        code == 4,
-        "the primary's daemon ended with {code}, not 4 (failed over)"
-    );
-    ensure!(pair.guest.wait(PATIENCE)?.is_some(), "two guests run");
-    Ok(())
+    primary_has_ended(&mut pair)
 }
 
 /// An epoch that was on its way is settled by the next hello, and what its deltas were made against

@@ -252,22 +252,13 @@ fn raw_peer(listener: &mut TcpListener, address: SocketAddr) -> (RawPeer, End<Tc
         send(&mut stream, &Preamble { pairing, lane }.encode());
         stream
     });
-    let mut link = None;
-    while link.is_none() {
-        wait_readable(&[listener.ready_fd().as_fd()], crate::conformance::WATCHDOG);
-        listener
-            .progress(&mut |incoming| match incoming {
-                Incoming::Link(it) => link = Some(it),
-                Incoming::Refused { reason, .. } => panic!("{reason}"),
-            })
-            .expect("listener");
-    }
+    let link = crate::tcp_pair::accept(listener);
     for lane in &mut lanes {
         let mut answer = [0; REPLY_BYTES];
         lane.read_exact(&mut answer).expect("an answer");
         assert_eq!(Reply::decode(&answer), Ok(Reply::Accepted));
     }
-    (RawPeer { lanes }, End::new(link.expect("just made")))
+    (RawPeer { lanes }, End::new(link))
 }
 
 fn lost(end: &mut End<TcpLink>) -> (Lane, LossKind) {

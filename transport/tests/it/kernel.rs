@@ -1,7 +1,6 @@
 //! What the link does when the kernel kills its process or refuses it something.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::sync::PoisonError;
 use std::time::Instant;
@@ -33,17 +32,7 @@ fn a_killed_process_is_proved_dead() {
             .stdout(Stdio::piped())
             .spawn()
             .expect("the test binary runs");
-        let mut link = None;
-        while link.is_none() {
-            wait_readable(&[listener.ready_fd().as_fd()], WATCHDOG);
-            listener
-                .progress(&mut |incoming| match incoming {
-                    Incoming::Link(it) => link = Some(it),
-                    Incoming::Refused { reason, .. } => panic!("{reason}"),
-                })
-                .expect("listener");
-        }
-        let mut end = End::new(link.expect("just made"));
+        let mut end = End::new(tcp_pair::accept(&mut listener));
         let arena = Arena::new(64);
         // It pushes into each grant as soon as it hears of it.
         for _ in 0..32 {

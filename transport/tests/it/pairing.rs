@@ -79,16 +79,7 @@ fn a_pairing_is_used_once() {
     let (mut listener, address) = tcp_pair::listener(&impatient());
     let pairing = tcp_pair::pairing();
     let _lanes = [Lane::Control, Lane::Bulk, Lane::Proof].map(|it| lane(address, pairing, it));
-    let mut link = None;
-    while link.is_none() {
-        wait_readable(&[listener.ready_fd().as_fd()], WATCHDOG);
-        listener
-            .progress(&mut |incoming| match incoming {
-                Incoming::Link(it) => link = Some(it),
-                Incoming::Refused { reason, .. } => panic!("{reason}"),
-            })
-            .expect("listener");
-    }
+    let _link = tcp_pair::accept(&mut listener);
     let late = lane(address, pairing, Lane::Control);
     let refused = refusals(&mut listener, 1);
     assert!(matches!(refused[0], Refusal::Used), "{refused:?}");

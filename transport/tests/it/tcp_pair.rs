@@ -14,6 +14,8 @@ use nix::sys::socket::shutdown;
 use transport::Lane;
 use transport::tcp::{Incoming, PairingId, TcpConfig, TcpConnector, TcpLink, TcpListener};
 
+use crate::conformance::{WATCHDOG, wait_readable};
+
 pub(crate) fn listener(config: &TcpConfig) -> (TcpListener, SocketAddr) {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let listener = TcpListener::bind(any_port, config).expect("listening on loopback");
@@ -67,6 +69,21 @@ pub(crate) fn connect_to(
         }
     }
     (near.expect("just made"), far.expect("just made"))
+}
+
+/// The next link that somebody makes.
+pub(crate) fn accept(listener: &mut TcpListener) -> TcpLink {
+    let mut link = None;
+    while link.is_none() {
+        wait_readable(&[listener.ready_fd()], WATCHDOG);
+        listener
+            .progress(&mut |incoming| match incoming {
+                Incoming::Link(it) => link = Some(it),
+                Incoming::Refused { peer, reason } => panic!("{peer} refused: {reason}"),
+            })
+            .expect("listener");
+    }
+    link.expect("just made")
 }
 
 /// Ends one of `link`'s lanes, as the kernel does when the process dies or when it resets.
