@@ -270,7 +270,7 @@ fn kill(hosts: &mut Hosts, folder: PathBuf, gate: &str, draw: &mut Draw) -> Resu
     std::thread::sleep(LOAD);
     // A machine that others use may have let nobody work just now.
     for _ in 0..PATIENCE_DRAWS {
-        std::thread::sleep(Duration::from_micros(draw.number() % LOAD_DRAWN_US));
+        std::thread::sleep(Duration::from_micros(draw.below(LOAD_DRAWN_US)));
         if acknowledged_within(&traffic.so_far()?, monotonic_us() - LAST_US, u64::MAX)
             >= 2 * LAST_WRITES
         {

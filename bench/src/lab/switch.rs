@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Host;
 use super::prompt::make_prompt;
+use crate::draw::Draw;
 
 /// What waits in one direction at most; more is dropped, as by any switch.
 const QUEUE_BYTES: usize = 8 << 20;
@@ -73,7 +74,7 @@ struct Lane {
     queue_bytes: usize,
     /// What is left of the packet that is being written.
     writing: Vec<u8>,
-    dice: Dice,
+    draw: Draw,
 }
 
 struct Packet {
@@ -283,7 +284,8 @@ impl Shared {
 
 impl Lane {
     fn queue(&mut self, packet: &[u8], peer_is_on: bool) {
-        if self.cable.cut || !peer_is_on || self.dice.roll() * 100.0 < self.cable.loss_percent {
+        let drawn_percent = self.draw.below(1_000_000) as f64 / 1e4;
+        if self.cable.cut || !peer_is_on || drawn_percent < self.cable.loss_percent {
             self.traffic.lost += 1;
         } else if self.queue_bytes + packet.len() > QUEUE_BYTES {
             self.traffic.overrun += 1;
@@ -300,25 +302,6 @@ impl Lane {
         self.traffic.lost += self.queue.len() as u64;
         self.queue.clear();
         self.queue_bytes = 0;
-    }
-}
-
-/// Uniform in 0..1 (xorshift64*), the same in every run.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> f64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let bits = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11;
-        bits as f64 / (1u64 << 53) as f64
-    }
-}
-
-impl Default for Dice {
-    fn default() -> Dice {
-        Dice(0x9e37_79b9_7f4a_7c15)
     }
 }
 

@@ -106,7 +106,7 @@ fn set_values(seed: u64, until: Instant) -> Result<u32> {
     let mut random = vec![0; VALUE_BYTES];
     let mut done = 0;
     while Instant::now() < until {
-        let key = format!("key:{}", draw.number() % KEYS);
+        let key = format!("key:{}", draw.below(KEYS));
         if done % 2 == 0 {
             let (words, _) = random.as_chunks_mut();
             words

@@ -4,15 +4,15 @@ use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use bench::draw::Draw;
 use bench::pair::Watch;
 use bench::process::Process;
 
 use crate::on_both_qemus;
-use crate::stage::{PATIENCE, Stage, check_survivor, wait_epochs, wait_until};
+use crate::stage::{PATIENCE, Stage, check_survivor, ram_file, wait_epochs, wait_until};
 
 on_both_qemus! {
     silent_write_is_found_and_mended,
@@ -63,20 +63,6 @@ fn silent_write_is_found_and_mended(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-fn ram_file(qemu: &Process) -> Result<PathBuf> {
-    for entry in std::fs::read_dir(format!("/proc/{}/fd", qemu.pid()))? {
-        let path = entry?.path();
-        let target = std::fs::read_link(&path).unwrap_or_default();
-        if target
-            .to_string_lossy()
-            .starts_with("/memfd:memory-backend-memfd")
-        {
-            return Ok(path);
-        }
-    }
-    bail!("QEMU {} has no RAM file", qemu.pid())
-}
-
 /// Ten thousand connections while the backup protects: random bytes, and the beginning of real
 /// conversations, whole or with some bytes changed. The lanes of one link that are replayed whole
 /// make one conversation, which is refused as one.
@@ -90,20 +76,20 @@ fn garbage_does_not_disturb(stage: &Stage) -> Result<()> {
     wait_epochs(&mut pair.primary, 20)?;
     let heard = eavesdrop(stage, &setup)?;
     let lanes = heard.len() as u64;
-    let mut random = Random(stage.dir().as_os_str().len() as u64 + 1);
+    let mut draw = Draw(stage.dir().as_os_str().len() as u64 + 1);
     let mut throw = |pair: &bench::pair::Pair, count: u64| -> Result<()> {
         for n in 0..count {
             let mut bytes = if n % 3 == 0 {
-                (0..=random.below(511))
-                    .map(|_| random.next().to_le_bytes()[0])
+                (0..=draw.below(511))
+                    .map(|_| draw.number().to_le_bytes()[0])
                     .collect()
             } else {
-                heard[random.below(heard.len() as u64) as usize].clone()
+                heard[draw.below(heard.len() as u64) as usize].clone()
             };
             if n % 3 == 2 && !bytes.is_empty() {
-                for _ in 0..=random.below(4) {
-                    let at = random.below(bytes.len() as u64) as usize;
-                    bytes[at] = random.next().to_le_bytes()[0];
+                for _ in 0..=draw.below(4) {
+                    let at = draw.below(bytes.len() as u64) as usize;
+                    bytes[at] = draw.number().to_le_bytes()[0];
                 }
             }
             let mut stream = TcpStream::connect(&pair.peer).context("connecting with garbage")?;
@@ -181,21 +167,4 @@ fn anonymous_kib(process: &Process) -> Result<u64> {
         .find_map(|line| line.strip_prefix("RssAnon:"));
     let text = line.context("no RssAnon")?.trim().trim_end_matches(" kB");
     Ok(text.parse()?)
-}
-
-/// Reproducible noise (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end.max(1)
-    }
 }

@@ -1,5 +1,5 @@
 //! `lab test`: the product across two hosts, on soft-RoCE: failovers compared bit by bit, faults,
-//! and the link's speed beside that of perftest. Issue 3 says what it must show.
+//! and the link's speed beside that of perftest. docs/lab.md says what is looked at.
 
 mod failovers;
 mod faults;
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 pub use stand::{Role, serve};
 
 use super::{Command, Ended, Host, Lab, Settings};
+use crate::draw::Draw;
 use failovers::{Count, Death};
 use pair::{Pair, Plan};
 
@@ -169,7 +170,7 @@ impl Run<'_> {
 
     fn failover(&mut self, transport: &'static str, death: Death) {
         self.part(&format!("failovers-{transport}"), |run| {
-            let (moment, plan) = (run.draw.next(), Plan::new(transport));
+            let (moment, plan) = (run.draw.number(), Plan::new(transport));
             let count = if transport == "tcp" {
                 &mut run.tcp
             } else {
@@ -191,7 +192,7 @@ impl Run<'_> {
     /// Every fault once.
     fn faults(&mut self, round: usize) {
         self.fault("host_powered_off", |run| {
-            let (moment, plan) = (run.draw.next(), Plan::new("rdma"));
+            let (moment, plan) = (run.draw.number(), Plan::new("rdma"));
             failovers::one(run.lab, &plan, Death::Host, moment, &mut run.rdma)
         });
         self.fault("cable_cut", |run| faults::cut(run.lab, &Host::BOTH));
@@ -199,7 +200,7 @@ impl Run<'_> {
         self.fault("cut_b_to_a", |run| faults::cut(run.lab, &[Host::B]));
         let removed_from = Host::BOTH[round % 2];
         self.fault("device_removed", |run| {
-            let moment = run.draw.next();
+            let moment = run.draw.number();
             // What dies there is on TCP by then.
             faults::device_removed(run.lab, removed_from, moment, &mut run.tcp)
         });
@@ -220,7 +221,7 @@ impl Run<'_> {
         self.fault("cut_and_mended", |_| faults::cut_and_mended(&pair, round));
         self.fault("garbage", |_| faults::garbage(&pair));
         self.fault("silent_write", |_| faults::silent_write(&pair));
-        let moment = self.draw.next();
+        let moment = self.draw.number();
         self.part_of(names, |run| {
             failovers::death(&pair, Death::Processes, moment, &mut run.rdma)
         });
@@ -234,17 +235,5 @@ impl Run<'_> {
     ) -> Option<T> {
         let name = names.into_iter().find(|name| self.is_wanted(name))?;
         self.part(name, part)
-    }
-}
-
-/// Numbers that look random and are the same for the same seed (splitmix64).
-struct Draw(u64);
-
-impl Draw {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
     }
 }
