@@ -80,7 +80,7 @@ enum Action {
         /// Write the figures here, as JSON
         #[arg(long, value_name = "FILE")]
         report: Option<PathBuf>,
-        /// Failovers on RDMA [default: 10, with --full 50]
+        /// Failovers on RDMA [default: 5, with --full 50]
         #[arg(long)]
         kills: Option<usize>,
         /// More of everything
@@ -171,7 +171,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         } => {
             let options = test::Options {
                 report: report.clone(),
-                kills: kills.unwrap_or(if *full { 50 } else { 10 }),
+                kills: kills.unwrap_or(if *full { 50 } else { 5 }),
                 full: *full,
                 only: only.clone(),
                 seed: *seed,
