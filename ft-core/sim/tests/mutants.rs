@@ -54,7 +54,7 @@ impl Copy {
     fn simulate(&self) -> (bool, String) {
         // A folder of its own below the shared one: dependencies are built once, and the build
         // that runs this test holds no lock on it.
-        let build = workspace().join("target/mutants");
+        let build = Path::new(env!("CARGO_TARGET_TMPDIR")).join("mutants");
         let cargo = |arguments: &[&str]| {
             let mut command = Command::new(env!("CARGO"));
             command
