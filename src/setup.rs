@@ -71,6 +71,22 @@ impl Subject {
     }
 }
 
+/// Where a daemon speaks. Opened before a QEMU is started or touched: what can't be opened then leaves
+/// nothing behind.
+struct Outlets {
+    events: Events,
+    control: ControlServer,
+}
+
+impl Outlets {
+    fn open(settings: &Settings, mode: &'static str) -> anyhow::Result<Outlets> {
+        Ok(Outlets {
+            events: Events::open(settings.events.as_deref(), mode)?,
+            control: ControlServer::bind(&settings.control)?,
+        })
+    }
+}
+
 /// Protects a guest until something ends that.
 ///
 /// # Errors
@@ -82,8 +98,9 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
     check_choice(peer, &transport(settings)).map_err(no_link)?;
     let signals = Signals::block()?;
     let store = StateStore::open(&settings.state_dir, &settings.vm_id, "primary")?;
-    let (nursery, born) = match &settings.source {
-        QemuSource::Attach { qmp, .. } => (None, attach(qmp)?),
+    let open_outlets = || Outlets::open(settings, "primary");
+    let (outlets, nursery, born) = match &settings.source {
+        QemuSource::Attach { qmp, .. } => (open_outlets()?, None, attach(qmp)?),
         QemuSource::Spawn { argv } => {
             let mut nursery = Nursery::new(argv.clone())?;
             refuse_all(&find_collisions(argv))?;
@@ -91,13 +108,14 @@ pub(crate) fn run_primary(settings: &Settings) -> anyhow::Result<Exit> {
                 return show(&mut nursery, Role::Primary, settings);
             }
             refuse_second_copy(&store, settings)?;
+            let outlets = open_outlets()?;
             let born = nursery.bear(Role::Primary)?;
-            (Some(nursery), born)
+            (outlets, Some(nursery), born)
         }
     };
     let pid = Pid::from_raw(born.process.pid());
     let spawned = nursery.is_some();
-    let parts = prepare_primary(settings, peer, signals, store, nursery, born);
+    let parts = prepare_primary(settings, peer, signals, store, outlets, nursery, born);
     if spawned && parts.is_err() {
         // It was started to be protected; nobody would know of it. Nobody has waited for it, so
         // the number is still its own.
@@ -112,9 +130,14 @@ fn prepare_primary(
     peer: SocketAddr,
     signals: Signals,
     store: StateStore,
+    outlets: Outlets,
     nursery: Option<Nursery>,
     born: Born,
 ) -> anyhow::Result<primary::Parts> {
+    let Outlets {
+        mut events,
+        control,
+    } = outlets;
     let Subject {
         process,
         mut qmp,
@@ -129,8 +152,9 @@ fn prepare_primary(
     let ram = GuestRam::open(process.pid(), &blocks)?;
     let (tracker, said, scan) = prove_tracker(settings, &ram, &mut qmp, running)?;
     tracing::info!("{said}");
-    let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
+    // First what may be refused: then nothing of ours is in QEMU yet.
     let (gate, gate_name) = install_gate(settings, &mut qmp, process.pid())?;
+    let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
     // Without a gate that tells of waiting output, every epoch is the longest that may be.
     let epoch_idle = match gate.waiting_fd() {
         Some(_) => settings.epoch_idle,
@@ -143,7 +167,6 @@ fn prepare_primary(
     )
     .context("telling QEMU to stay when the guest powers off")?;
 
-    let mut events = Events::open(settings.events.as_deref(), "primary")?;
     events.attached(&Attached {
         qemu_pid: process.pid(),
         qemu_version: version_of(&shape),
@@ -157,7 +180,6 @@ fn prepare_primary(
     });
     let arena = arena_for(&shape);
     let guard = Guard::start(process.pidfd())?;
-    let control = ControlServer::bind(&settings.control)?;
     let device_state = sink
         .memory()
         .try_clone_to_owned()
@@ -227,18 +249,24 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     let listener = TransportListener::bind(listen, &transport(settings))
         .map_err(no_link)
         .with_context(|| format!("listening on {listen}"))?;
-    let (mut nursery, mut born) = match &settings.source {
-        QemuSource::Attach { qmp, .. } => (None, attach(qmp)?),
+    let open_outlets = || Outlets::open(settings, "backup");
+    let (outlets, mut nursery, mut born) = match &settings.source {
+        QemuSource::Attach { qmp, .. } => (open_outlets()?, None, attach(qmp)?),
         QemuSource::Spawn { argv } => {
             let mut nursery = Nursery::new(argv.clone())?;
             refuse_all(&find_collisions(argv))?;
             if settings.dry_run {
                 return show(&mut nursery, Role::Backup, settings);
             }
+            let outlets = open_outlets()?;
             let born = nursery.bear(Role::Backup)?;
-            (Some(nursery), born)
+            (outlets, Some(nursery), born)
         }
     };
+    let Outlets {
+        mut events,
+        control,
+    } = outlets;
     prepare_standby(&mut born.qmp, ANSWER_PATIENCE)?;
     let subject = Subject::look(born.process, born.qmp)?;
     let Subject {
@@ -256,7 +284,6 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
         None => Nursery::of_process(process.pid(), &blocks)?,
     };
     let ram = StandbyRam::open(process.pid(), &blocks)?;
-    let mut events = Events::open(settings.events.as_deref(), "backup")?;
     events.attached(&Attached {
         qemu_pid: process.pid(),
         qemu_version: version_of(&shape),
@@ -270,7 +297,6 @@ pub(crate) fn run_backup(settings: &Settings) -> anyhow::Result<Exit> {
     let mut guard = Guard::start(process.pidfd())?;
     // Until it is active a standby is worth nothing without its daemon.
     guard.set(true)?;
-    let control = ControlServer::bind(&settings.control)?;
     let worker = BackupWorker::new(ram);
     // While an epoch is applied, chunks of the next one may come, as many as there are, to be checked.
     let jobs = arena.stats().limit_chunks + JOBS;

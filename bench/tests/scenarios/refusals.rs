@@ -13,6 +13,7 @@ use bench::guest::words;
 use bench::process::{Process, free_port};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
+use serde_json::{Value, json};
 
 use crate::on_both_qemus;
 use crate::stage::{PATIENCE, Stage, wait_until};
@@ -22,6 +23,7 @@ const PRIMARY: &str = "--mode primary --peer 127.0.0.1:1";
 on_both_qemus! {
     what_can_not_be_protected_is_named,
     what_is_wrong_is_said_before_anything_runs,
+    what_fails_leaves_a_running_qemu_as_it_was,
     unreplicated_disks_pass_if_allowed,
     other_guests_are_refused_and_the_right_one_is_not,
     without_privileges_only_own_guests_are_protected,
@@ -59,6 +61,8 @@ fn what_is_wrong_is_said_before_anything_runs(stage: &Stage) -> Result<()> {
     let _sweeper = Sweeper::new(stage);
     let qemu = qemu(stage, 32, "")?;
     let nowhere = stage.dir().join("nowhere.qmp").display().to_string();
+    let events = stage.dir().join("missing/events").display().to_string();
+    let listen = format!("127.0.0.1:{}", free_port()?);
     let cases = [
         (format!("{PRIMARY} --qmp {nowhere}"), 3, nowhere.as_str()),
         (
@@ -82,6 +86,16 @@ fn what_is_wrong_is_said_before_anything_runs(stage: &Stage) -> Result<()> {
             "exclude each other",
         ),
         (
+            format!("{PRIMARY} --events {events} -- {qemu}"),
+            1,
+            events.as_str(),
+        ),
+        (
+            format!("--mode backup --listen {listen} --events {events} -- {qemu}"),
+            1,
+            events.as_str(),
+        ),
+        (
             format!("{PRIMARY} --dry-run -- {qemu}"),
             0,
             "memory-backend-file",
@@ -93,6 +107,40 @@ fn what_is_wrong_is_said_before_anything_runs(stage: &Stage) -> Result<()> {
         ensure!(said.contains(named), "{line}: {named} is not named: {said}");
         ensure!(left_running(stage)?.is_empty(), "{line}: a QEMU runs");
     }
+    Ok(())
+}
+
+fn what_fails_leaves_a_running_qemu_as_it_was(stage: &Stage) -> Result<()> {
+    // It has a NIC, whose gate would stay.
+    let _guest = stage.linux()?.guest.start(stage.dir(), "guest", false)?;
+    let mut qmp = stage.qmp("guest")?;
+    let mut holds = || -> Result<Value> {
+        let objects = qmp.call("qom-list", json!({ "path": "/objects" }))?;
+        Ok(json!([objects, qmp.call("query-fdsets", json!({}))?]))
+    };
+    let before = holds()?;
+    let line = format!(
+        "{PRIMARY} --qmp {}",
+        stage.dir().join("guest.qmp").display()
+    );
+
+    // Its netdev is no tap.
+    let (code, said) = talk(stage, &format!("{line} --gate plug"))?;
+    ensure!(code == 3, "{code}, not 3 (refused): {said}");
+    ensure!(holds()? == before, "left in QEMU: {}", holds()?);
+
+    let events = stage.dir().join("missing/events").display().to_string();
+    let (code, said) = talk(stage, &format!("{line} --events {events}"))?;
+    ensure!(code == 1, "{code}, not 1: {said}");
+    ensure!(said.contains(&events), "the file is not named: {said}");
+    ensure!(holds()? == before, "left in QEMU: {}", holds()?);
+
+    let control = stage.dir().join("talk.control");
+    fs::write(&control, "no socket")?;
+    let (code, said) = talk(stage, &line)?;
+    ensure!(code == 1, "{code}, not 1: {said}");
+    ensure!(said.contains("is no socket"), "{said}");
+    ensure!(holds()? == before, "left in QEMU: {}", holds()?);
     Ok(())
 }
 
