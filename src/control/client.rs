@@ -98,6 +98,9 @@ fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
         eprintln!("refused: {error}");
         return Ok(NO);
     }
+    if let Some(why) = reply["waits"].as_str() {
+        eprintln!("{why}");
+    }
     match request {
         Request::Detach | Request::Switchover => daemon.wait_for_its_end(),
         Request::Continue => {

@@ -450,6 +450,7 @@ impl Driver {
     fn on_control(&mut self) {
         let status = self.parts.machine.status();
         let dropped_packets = self.parts.qemu.dropped_packets();
+        let detach_waits = self.parts.machine.detach_waits();
         let mut commands = Vec::new();
         self.parts.control.progress(&mut |request| {
             let command = match request {
@@ -465,7 +466,12 @@ impl Driver {
                 Request::Rehearse => Command::Rehearse,
             };
             commands.push(command);
-            serde_json::json!({"accepted": true})
+            match &detach_waits {
+                Some(why) if command == Command::Detach => {
+                    serde_json::json!({"accepted": true, "waits": why})
+                }
+                _ => serde_json::json!({"accepted": true}),
+            }
         });
         for command in commands {
             self.input(Input::Command(command));

@@ -11,6 +11,7 @@ use crate::stage::{PATIENCE, Stage, exit_code, operate, run_state, wait_epochs, 
 on_both_qemus! {
     backup_is_killed_and_another_attached,
     detached_and_attached_again,
+    detached_while_the_backup_is_silent,
     moved_there_and_back,
     device_is_plugged_while_protected,
 }
@@ -56,6 +57,30 @@ fn detached_and_attached_again(stage: &Stage) -> Result<()> {
     pair.guest.signal(Signal::SIGKILL)?;
     pair.backup.wait_event("failover", PATIENCE)?;
     pair.wait_ticking(10, PATIENCE)
+}
+
+/// It says what it waits for: leaving at once would let the backup start a second copy.
+fn detached_while_the_backup_is_silent(stage: &Stage) -> Result<()> {
+    let mut setup = stage.boot_sector()?;
+    setup.options = ["--failover-after-ms", "2000"].map(str::to_owned).to_vec();
+    let mut pair = stage.pair(&setup)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    pair.backup.process.signal(Signal::SIGSTOP)?;
+    pair.primary.wait_event("fenced", PATIENCE)?;
+    pair.primary.process.signal(Signal::SIGTERM)?;
+    let says_why = |event: &serde_json::Value| {
+        event["text"]
+            .as_str()
+            .is_some_and(|t| t.contains("the detach waits for the backup"))
+    };
+    pair.primary
+        .wait_for("word of the wait", PATIENCE, says_why)?;
+    pair.backup.process.signal(Signal::SIGCONT)?;
+    ensure!(
+        exit_code(&mut pair.primary)? == 0,
+        "the primary's daemon: not a clean end"
+    );
+    guest_runs(stage, &pair)
 }
 
 fn moved_there_and_back(stage: &Stage) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::session::{LinkState, RETRY_FAST};
-use super::{Action, End, GateState, Primary, Report};
+use super::{Action, End, GateState, OnBackupLoss, Primary, Report};
 use crate::types::{Epoch, Micros};
 use crate::wire::{Farewell, Message};
 
@@ -70,6 +70,30 @@ impl Primary {
         if self.closing.as_ref().is_none_or(Closing::allows_boundary) {
             self.closing = Some(closing);
         }
+    }
+
+    /// What a detach would have to wait for now, and for how long: there is no link on which the
+    /// backup could be asked.
+    pub fn detach_waits(&self) -> Option<String> {
+        if self.link.is_up() || !self.backup_may_activate {
+            return None;
+        }
+        let left = self.lease.ends().since(self.now).as_secs_f64();
+        let until = match self.config.on_backup_loss {
+            _ if self.hold.fenced => {
+                "the guest stands still and can't be left before it is heard".to_owned()
+            }
+            OnBackupLoss::Pause => {
+                format!(
+                    "without a limit, and the guest stops in {left:.1} s if it is not heard by then"
+                )
+            }
+            OnBackupLoss::Continue => format!("for {left:.1} s at most"),
+        };
+        Some(format!(
+            "the detach waits for the backup, which is not connected and may take over: {until}. If \
+             you know that the backup doesn't run the guest, `curling-rdma continue` ends the wait"
+        ))
     }
 
     pub(super) fn switchover_wanted(&self) -> bool {

@@ -60,7 +60,12 @@ impl Primary {
 
     pub(super) fn on_command(&mut self, command: Command) {
         match command {
-            Command::Detach => self.begin_closing(Closing::detach(End::Detached)),
+            Command::Detach => {
+                if let Some(text) = self.detach_waits() {
+                    self.report(Report::Note(text));
+                }
+                self.begin_closing(Closing::detach(End::Detached));
+            }
             Command::Switchover => {
                 if self.link.is_up() && self.acknowledged != Epoch::NONE {
                     self.begin_closing(Closing::switchover());

@@ -247,6 +247,33 @@ fn a_throttled_guest_goes_on_after_the_link_is_back() {
 }
 
 #[test]
+fn a_detach_without_a_link_says_what_it_waits_for() {
+    let mut pair = Pair::protected();
+    assert_eq!(pair.primary.machine.detach_waits(), None);
+    pair.cut = true;
+    pair.lose_link();
+    pair.settle();
+    let detach = Input::Command(Command::Detach);
+    pair.primary.machine.handle(pair.now, detach);
+    pair.settle();
+    let said = |pair: &Pair, what: &str| {
+        pair.primary
+            .has(|a| matches!(a, Action::Report(Report::Note(text)) if text.contains(what)))
+    };
+    assert!(said(&pair, "the guest stops in 0.4 s"));
+    pair.pass(2 * LEASE);
+    assert_eq!(pair.primary.end(), None);
+    let waits = pair.primary.machine.detach_waits();
+    assert!(waits.is_some_and(|text| text.contains("stands still")));
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Command(Command::Continue));
+    pair.settle();
+    assert_eq!(pair.primary.end(), Some(&End::Detached));
+    assert!(pair.primary.vm_runs);
+}
+
+#[test]
 fn a_throttled_guest_goes_on_after_a_detach() {
     let mut pair = Pair::protected();
     pair.cut = true;
