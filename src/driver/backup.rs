@@ -116,6 +116,10 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
     let (exit, how) = match end.context("the loop ended without an end")? {
         End::StoodDown => (Exit::Clean, "stood down".to_owned()),
         End::PoweredOff => (Exit::Clean, "the guest has powered off".to_owned()),
+        End::NoStandby(text) => {
+            let how = format!("the standby is gone, the guest is the primary's alone: {text}");
+            (Exit::Other, how)
+        }
         End::Failed(text) => (Exit::Lost, text),
     };
     let Parts {

@@ -141,6 +141,11 @@ fn outcome(end: &End) -> (Exit, String, bool) {
             false,
         ),
         End::Lost(text) => (Exit::Lost, text.clone(), true),
+        End::Unprotectable(text) => (
+            Exit::Other,
+            format!("the guest runs on, unprotected: {text}"),
+            true,
+        ),
         End::Refused { text, .. } => (
             Exit::Refused,
             format!("the backup refused: {text}; the guest runs on"),

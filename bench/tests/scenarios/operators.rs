@@ -145,6 +145,10 @@ fn device_is_plugged_while_protected(stage: &Stage) -> Result<()> {
     };
     pair.primary
         .wait_for("word of the device", PATIENCE, names_it)?;
+    ensure!(
+        exit_code(&mut pair.primary)? == 1,
+        "the guest is not lost, and this was not asked for"
+    );
     guest_runs(stage, &pair)
 }
 

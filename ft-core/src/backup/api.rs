@@ -166,7 +166,9 @@ pub enum End {
     StoodDown,
     /// The guest powered off on the primary.
     PoweredOff,
-    /// The standby could not be activated.
+    /// The standby's QEMU ended while it waited: the guest is the primary's.
+    NoStandby(String),
+    /// The standby could not be activated, or its guest has ended here.
     Failed(String),
 }
 

@@ -245,11 +245,12 @@ impl Backup {
         if self.state == State::Activating {
             return self.on_activation_failed(text);
         }
-        if self.state != State::Active {
-            let (why, run_state) = (Farewell::StandDown, self.run_state);
-            self.send_to_peer(Epoch::NONE, &Message::Farewell { why, run_state });
+        if self.state == State::Active {
+            return self.fail(text);
         }
-        self.finish(End::Failed(text));
+        let (why, run_state) = (Farewell::StandDown, self.run_state);
+        self.send_to_peer(Epoch::NONE, &Message::Farewell { why, run_state });
+        self.finish(End::NoStandby(text));
     }
 
     fn fail(&mut self, text: String) {

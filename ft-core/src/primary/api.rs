@@ -257,6 +257,8 @@ pub enum End {
     },
     /// The backup can't take over and QEMU is gone.
     Lost(String),
+    /// The VM is no longer one that can be protected. The guest runs on.
+    Unprotectable(String),
     /// The backup refused us, for good.
     Refused {
         code: RefusalCode,

@@ -102,6 +102,6 @@ impl Primary {
 
     pub(super) fn on_shape_changed(&mut self, text: String) {
         self.report(Report::Error(text.clone()));
-        self.begin_closing(Closing::detach(End::Lost(text)));
+        self.begin_closing(Closing::detach(End::Unprotectable(text)));
     }
 }

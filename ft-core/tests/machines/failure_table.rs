@@ -295,11 +295,28 @@ fn shape_changes() {
     let changed = Input::ShapeChanged("a device appeared".to_owned());
     pair.primary.machine.handle(pair.now, changed);
     pair.settle();
-    assert!(matches!(pair.primary.end(), Some(End::Lost(_))));
+    assert!(matches!(pair.primary.end(), Some(End::Unprotectable(_))));
     assert!(pair.primary.has(|a| *a == Action::LeaveVm));
     assert!(pair.primary.vm_runs, "the guest runs on");
     pair.primary_dies();
     assert_eq!(pair.backup.activated(), None, "after a clean end");
+}
+
+#[test]
+fn standby_ends_while_it_waits() {
+    let mut pair = Pair::protected();
+    let gone = backup::Input::StandbyGone {
+        clean: false,
+        text: "killed".to_owned(),
+    };
+    pair.backup.machine.handle(pair.now, gone);
+    pair.settle();
+    assert!(
+        pair.backup
+            .has(|a| matches!(a, backup::Action::Finish(backup::End::NoStandby(_))))
+    );
+    assert_eq!(pair.primary.machine.status().state, Protection::Unprotected);
+    assert!(pair.primary.vm_runs);
 }
 
 #[test]
