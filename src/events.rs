@@ -121,6 +121,7 @@ impl Events {
                 tracing::info!("connected to the backup");
                 self.write(Event::Connected);
             }
+            Report::LinkLost => {}
             Report::SyncProgress {
                 round,
                 pages_sent,

@@ -16,11 +16,13 @@ const PAUSE_MAX_US: u64 = 60_000_000;
 /// The progress bar stands for it.
 const SYNCHRONISING: &str = "synchronising";
 const PROTECTING: &str = "PROTECTING";
+const LINK_LOST: &str = "link LOST";
 
 #[derive(Debug)]
 pub(crate) struct StatusLine {
     live: bool,
     protection: &'static str,
+    link_lost: Micros,
     tainted: bool,
     fenced: bool,
     throttled: bool,
@@ -57,6 +59,7 @@ impl StatusLine {
         StatusLine {
             live,
             protection: "waiting",
+            link_lost: Micros(0),
             tainted: false,
             fenced: false,
             throttled: false,
@@ -77,6 +80,7 @@ impl StatusLine {
         match report {
             // Whether it still protects is settled next: an epoch or a round tells.
             Report::Connected => self.protection = "connected",
+            Report::LinkLost => self.lose_link(),
             Report::SyncProgress {
                 round,
                 pages_sent,
@@ -134,7 +138,7 @@ impl StatusLine {
                 self.window.pages += pages;
                 self.last_epoch = Some((self.now, Duration::ZERO));
             }
-            Report::LinkLost { .. } => self.protection = "link lost",
+            Report::LinkLost { .. } => self.lose_link(),
             Report::PrimaryLeft => {
                 (self.protection, self.tainted) = ("waiting for a primary", false);
             }
@@ -186,6 +190,10 @@ impl StatusLine {
         }
     }
 
+    fn lose_link(&mut self) {
+        (self.protection, self.link_lost) = (LINK_LOST, self.now);
+    }
+
     fn changed(&self, before: &str) -> Option<Show> {
         (self.live && self.state() != before).then(|| Show::Live(self.text()))
     }
@@ -201,7 +209,11 @@ impl StatusLine {
     }
 
     fn text(&self) -> String {
-        let mut text = format!("{} · epoch {}", self.state(), self.epoch);
+        let mut text = self.state().to_owned();
+        if text == LINK_LOST {
+            text += &format!(" for {} s", self.now.since(self.link_lost).as_secs());
+        }
+        text += &format!(" · epoch {}", self.epoch);
         let Window {
             pauses,
             epochs,
@@ -338,6 +350,23 @@ mod tests {
         assert_eq!(StatusLine::new(false).primary(&progress), None);
         let shown = StatusLine::new(true).backup(&backup::Report::Protecting { epoch: Epoch(7) });
         assert_eq!(shown, Some(Show::Live("PROTECTING · epoch 7".into())));
+    }
+
+    #[test]
+    fn a_lost_link_is_not_protection() {
+        let mut line = StatusLine::new(true);
+        second_of_epochs(&mut line);
+        let Some(Show::Live(text)) = line.primary(&primary::Report::LinkLost) else {
+            panic!()
+        };
+        assert!(text.starts_with("link LOST for 0 s · epoch 51"), "{text}");
+        let Some(Due::Live(Show::Live(text))) = line.on_time(START + LIVE_PERIOD * 3) else {
+            panic!()
+        };
+        assert!(text.starts_with("link LOST for 3 s · epoch 51"), "{text}");
+        line.primary(&primary::Report::Connected);
+        line.primary(&epoch(52, 2));
+        assert_eq!(line.state(), "PROTECTED");
     }
 
     #[test]

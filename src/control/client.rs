@@ -306,17 +306,21 @@ fn table(socket: &Path, reply: &Value) -> String {
         "NO"
     };
     let state = reply["state"].as_str().unwrap_or("?");
-    let up_down = if reply["link_up"] == true {
-        "up"
-    } else {
-        "DOWN"
+    let link = match &reply["link_lost_us"] {
+        _ if reply["link_up"] == true => "up".to_owned(),
+        Value::Null => "DOWN".to_owned(),
+        lost => format!("LOST {} ago", age(lost)),
     };
     let mut rows = vec![
         (
             "protected",
-            format!("{protected} ({state} for {})", age(&reply["state_age_us"])),
+            match (state, protected) {
+                // What the state is then is the backup's to say.
+                ("protected", "NO") => "NO (the link is lost)".to_owned(),
+                _ => format!("{protected} ({state} for {})", age(&reply["state_age_us"])),
+            },
         ),
-        ("link", up_down.to_owned()),
+        ("link", link),
         ("epoch", number(&reply["epoch"])),
     ];
     if mode == "primary" {
@@ -406,6 +410,19 @@ mod tests {
                         guest       running, paused 11.5 % of the time\n  term        2\n  \
                         rehearsal   ok, 10 min ago\n";
         assert_eq!(table, expected);
+    }
+
+    #[test]
+    fn a_table_tells_since_when_the_link_is_lost() {
+        let mut reply = json!({
+            "mode": "primary", "state": "protected", "protected": false, "link_up": false,
+            "link_lost_us": 2_500_000,
+        });
+        let shown = |reply: &Value| table(Path::new("s"), reply);
+        let lost = "  protected   NO (the link is lost)\n  link        LOST 2.5 s ago\n";
+        assert!(shown(&reply).contains(lost));
+        reply["link_lost_us"] = Value::Null;
+        assert!(shown(&reply).contains("link        DOWN\n"));
     }
 
     #[test]

@@ -90,6 +90,7 @@ impl Facts {
             "protected": status.state == primary::Protection::Protected && status.link_up,
             "state_age_us": now.since(status.since).as_micros(),
             "link_up": status.link_up,
+            "link_lost_us": status.link_lost.map(|at| now.since(at).as_micros()),
             "epoch": status.last_acknowledged.0,
             "behind_us": status.behind.map(|d| d.as_micros()),
             "term": status.term.0,

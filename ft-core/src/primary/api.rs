@@ -270,6 +270,8 @@ pub enum End {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
     Connected,
+    /// Why is in the note or the error before.
+    LinkLost,
     SyncProgress {
         round: u32,
         pages_sent: u64,
@@ -342,6 +344,8 @@ pub struct Status {
     pub state: Protection,
     pub since: crate::types::Micros,
     pub link_up: bool,
+    /// When it was lost, if it was there before.
+    pub link_lost: Option<crate::types::Micros>,
     pub last_acknowledged: Epoch,
     pub term: Term,
     pub guest_running: bool,

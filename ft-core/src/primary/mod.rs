@@ -44,6 +44,8 @@ pub struct Primary {
     actions: VecDeque<Action>,
 
     link: LinkState,
+    /// It was agreed on, broke, and is not back.
+    link_lost: Option<Micros>,
     attempt: u32,
     term: Term,
     lease: Lease,
@@ -110,6 +112,7 @@ impl Primary {
     pub fn new(config: PrimaryConfig, vm: PrimaryVm, now: Micros) -> Primary {
         let mut primary = Primary {
             link: LinkState::Down { retry_at: None },
+            link_lost: None,
             attempt: 0,
             term: config.term,
             lease: Lease::new(config.lease, now),
@@ -223,6 +226,7 @@ impl Primary {
             state: self.protection,
             since: self.since,
             link_up: self.link.is_up(),
+            link_lost: self.link_lost,
             last_acknowledged: self.acknowledged,
             term: self.term,
             guest_running: self.guest_running,

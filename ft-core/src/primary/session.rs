@@ -159,6 +159,7 @@ impl Primary {
             return self.on_refused(RefusalCode::Shape, difference.to_string());
         }
         self.act(Action::KeepProof);
+        self.link_lost = None;
         self.report(Report::Connected);
         if self.hold.fenced {
             // What is settled next may wait for the replies of a frozen QEMU.
@@ -286,6 +287,10 @@ impl Primary {
 
     pub(super) fn drop_link(&mut self, retry: Duration) {
         self.act(Action::CloseLink);
+        if self.link.is_heard() {
+            self.link_lost = Some(self.now);
+            self.report(Report::LinkLost);
+        }
         self.unsay_closing();
         self.link = LinkState::Down {
             retry_at: Some(self.now + retry),

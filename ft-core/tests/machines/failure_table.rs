@@ -202,7 +202,9 @@ fn link_lost_with_the_acknowledgement_on_its_way() {
     pair.forget_actions();
     pair.acks_held = false;
     pair.lose_link();
+    assert_eq!(pair.primary.machine.status().link_lost, Some(pair.now));
     pair.pass(Duration::from_secs(1));
+    assert_eq!(pair.primary.machine.status().link_lost, None);
     assert!(
         pair.primary.has(|a| *a == Action::Release(flipped)),
         "the hello acknowledges it"
