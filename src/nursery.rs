@@ -121,7 +121,12 @@ impl Nursery {
             }
             _ => self.prepare(role, RamSource::Fresh)?,
         };
-        self.start(&prepared, GuestOutput::Inherit, false)
+        let born = self.start(&prepared, GuestOutput::Inherit, false)?;
+        tracing::info!(
+            "QEMU's QMP socket: {} (it serves one at a time, and us as long as this daemon runs)",
+            prepared.qmp_socket.display()
+        );
+        Ok(born)
     }
 
     /// Remembers the main RAM of the first standby: it outlives its QEMU.
