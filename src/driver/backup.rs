@@ -464,8 +464,8 @@ impl Driver {
                 {
                     tracing::warn!("revoking grants failed: {error}");
                 }
-                // On TCP a grant is filled once, and only by the frame that names it: what has
-                // arrived can't be written any more.
+                // On every link a grant is good for one chunk: what has arrived can't be written
+                // any more.
                 self.input(Input::Revoked(slot));
             }
             Action::Check { chunk, frame } => {

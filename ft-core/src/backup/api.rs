@@ -21,9 +21,9 @@ pub struct BackupConfig {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CheckWhen {
-    /// The link promises that an arrived chunk can't be written again (TCP).
+    /// The link promises that an arrived chunk can't be written again.
     OnArrival,
-    /// Only after the slot was revoked: until then the peer can write into it (RDMA).
+    /// Only after the slot was revoked: on a link without that promise, the peer can write until then.
     AfterRevocation,
 }
 
