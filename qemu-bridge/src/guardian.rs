@@ -53,7 +53,6 @@ pub enum GuardianError {
 pub struct Guardian {
     socket: UnixStream,
     child: Child,
-    armed: bool,
 }
 
 impl Guardian {
@@ -87,11 +86,7 @@ impl Guardian {
             set.map_err(GuardianError::Start)
         };
         patience(&socket, START_PATIENCE)?;
-        let mut guardian = Guardian {
-            socket,
-            child,
-            armed: false,
-        };
+        let mut guardian = Guardian { socket, child };
         guardian.disarm()?;
         patience(&guardian.socket, PATIENCE)?;
         Ok(guardian)
@@ -103,7 +98,6 @@ impl Guardian {
     /// There is no guardian any more.
     pub fn arm(&mut self) -> Result<(), GuardianError> {
         self.command(ARM)?;
-        self.armed = true;
         Ok(())
     }
 
@@ -113,12 +107,7 @@ impl Guardian {
     /// There is no guardian any more; then nothing kills QEMU either.
     pub fn disarm(&mut self) -> Result<(), GuardianError> {
         self.command(DISARM)?;
-        self.armed = false;
         Ok(())
-    }
-
-    pub fn is_armed(&self) -> bool {
-        self.armed
     }
 
     pub fn pid(&self) -> u32 {

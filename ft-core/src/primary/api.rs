@@ -352,7 +352,6 @@ pub struct Status {
     pub fenced: bool,
     /// Age of the last acknowledged boundary.
     pub behind: Option<Duration>,
-    pub shape_blocks: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

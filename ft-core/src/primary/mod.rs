@@ -232,7 +232,6 @@ impl Primary {
             guest_running: self.guest_running,
             fenced: self.hold.fenced,
             behind: self.acknowledged_boundary.map(|at| self.now.since(at)),
-            shape_blocks: self.vm.shape.blocks.len(),
         }
     }
 

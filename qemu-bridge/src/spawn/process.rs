@@ -179,11 +179,6 @@ impl QemuProcess {
         self.pidfd.as_fd()
     }
 
-    /// Readable when QEMU has said something on its standard error; see [`Self::stderr_tail`].
-    pub fn stderr_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.stderr.as_ref().map(|s| s.pipe.as_fd())
-    }
-
     /// QEMU's last words, as far as they have come. Never blocks. Empty if it isn't our child.
     pub fn stderr_tail(&mut self) -> String {
         self.stderr

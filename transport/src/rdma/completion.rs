@@ -54,11 +54,6 @@ impl Failure {
         self.status == ffi::ibv_wc_status::IBV_WC_WR_FLUSH_ERR
     }
 
-    /// The peer's device refused it for want of a right: the grant was taken back or used.
-    pub fn is_access_refused(&self) -> bool {
-        self.status == ffi::ibv_wc_status::IBV_WC_REM_ACCESS_ERR
-    }
-
     fn hint(&self) -> &'static str {
         match self.status {
             ffi::ibv_wc_status::IBV_WC_REM_ACCESS_ERR => {
