@@ -26,26 +26,49 @@ pub trait Audited {
     fn copy_out(&self, block: BlockId, first: u64, out: &mut [u8]) -> Result<(), RamError>;
 }
 
-/// Hashes every block. The guest must be paused, the standby must not be written to.
+/// Hashes RAM. To be kept: its memory is not for a pause to allocate.
+#[derive(Debug)]
+pub struct Auditor {
+    buffer: Vec<u8>,
+}
+
+impl Default for Auditor {
+    fn default() -> Auditor {
+        Auditor {
+            buffer: vec![0; BATCH_PAGES * PAGE_BYTES],
+        }
+    }
+}
+
+impl Auditor {
+    /// Hashes every block. The guest must be paused, the standby must not be written to.
+    ///
+    /// # Errors
+    /// RAM can't be read.
+    pub fn hash_blocks(&mut self, ram: &impl Audited) -> Result<Vec<u64>, RamError> {
+        let pages = ram.pages_per_block();
+        let hash = |(index, count): (usize, &u64)| {
+            let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
+            hash_block(
+                ram,
+                PageRun {
+                    block,
+                    first: 0,
+                    count: *count,
+                },
+                &mut self.buffer,
+            )
+        };
+        pages.iter().enumerate().map(hash).collect()
+    }
+}
+
+/// [`Auditor::hash_blocks`], for once.
 ///
 /// # Errors
 /// RAM can't be read.
 pub fn hash_blocks(ram: &impl Audited) -> Result<Vec<u64>, RamError> {
-    let mut buffer = vec![0; BATCH_PAGES * PAGE_BYTES];
-    let pages = ram.pages_per_block();
-    let hash = |(index, count): (usize, &u64)| {
-        let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
-        hash_block(
-            ram,
-            PageRun {
-                block,
-                first: 0,
-                count: *count,
-            },
-            &mut buffer,
-        )
-    };
-    pages.iter().enumerate().map(hash).collect()
+    Auditor::default().hash_blocks(ram)
 }
 
 fn hash_block(ram: &impl Audited, all: PageRun, buffer: &mut [u8]) -> Result<u64, RamError> {

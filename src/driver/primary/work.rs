@@ -13,7 +13,7 @@ use ft_core::limits::DEVICE_STATE_BYTES_MAX;
 use ft_core::primary::{Harvest, Step};
 use ft_core::wire::Frame;
 use ft_core::{DirtySet, Epoch, EpochKind, PAGE_BYTES, RunState};
-use qemu_bridge::audit::hash_blocks;
+use qemu_bridge::audit::Auditor;
 use qemu_bridge::gather::{Cursor, Progress, fill};
 use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::tracker::{Tracker, TrackerError};
@@ -115,6 +115,7 @@ pub(crate) struct PrimaryWorker {
     /// An open epoch's `full` when there is none; empty, but keeps its memory.
     spare: Vec<ChunkBuilder<ChunkMut>>,
     packer: Packer,
+    auditor: Auditor,
     open: Option<OpenEpoch>,
 }
 
@@ -149,6 +150,7 @@ impl PrimaryWorker {
             packed_state: Vec::new(),
             spare: Vec::new(),
             packer: Packer::new(deltas, pages, delta_cache_bytes),
+            auditor: Auditor::default(),
             open: None,
         }
     }
@@ -351,7 +353,8 @@ impl PrimaryWorker {
             }
         }
         if open.audit {
-            open.digest = Some(AuditDigest(hash_blocks(&self.ram).map_err(describe)?));
+            let hashes = self.auditor.hash_blocks(&self.ram).map_err(describe)?;
+            open.digest = Some(AuditDigest(hashes));
         }
         report(Done::Harvested(Harvest {
             dirty_pages: self.inflight.count(),
