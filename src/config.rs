@@ -253,6 +253,7 @@ impl Settings {
 /// effect is a misunderstanding.
 fn refuse_other_modes(mode: ModeName, line: &Options) -> Result<(), ConfigError> {
     let learns = "leave it out here, the backup learns it from the primary";
+    let alone = "leave it out here, only the primary goes by it";
     let (belongs, options) = match mode {
         ModeName::Primary => {
             let cure = "the primary connects to --peer";
@@ -266,9 +267,9 @@ fn refuse_other_modes(mode: ModeName, line: &Options) -> Result<(), ConfigError>
                     line.peer.is_some(),
                     "the backup waits on --listen",
                 ),
-                ("--epoch-ms", line.epoch_ms.is_some(), learns),
-                ("--min-epoch-ms", line.min_epoch_ms.is_some(), learns),
-                ("--idle-epoch-ms", line.idle_epoch_ms.is_some(), learns),
+                ("--epoch-ms", line.epoch_ms.is_some(), alone),
+                ("--min-epoch-ms", line.min_epoch_ms.is_some(), alone),
+                ("--idle-epoch-ms", line.idle_epoch_ms.is_some(), alone),
                 (
                     "--gate",
                     line.gate.is_some(),
@@ -280,24 +281,16 @@ fn refuse_other_modes(mode: ModeName, line: &Options) -> Result<(), ConfigError>
                     line.failover_after_ms.is_some(),
                     learns,
                 ),
-                (
-                    "--on-backup-loss",
-                    line.on_backup_loss.is_some(),
-                    "leave it out here",
-                ),
-                (
-                    "--max-unacked-ms",
-                    line.max_unacked_ms.is_some(),
-                    "leave it out here",
-                ),
+                ("--on-backup-loss", line.on_backup_loss.is_some(), alone),
+                ("--max-unacked-ms", line.max_unacked_ms.is_some(), alone),
                 (
                     "--tracker",
                     line.tracker.is_some(),
                     "leave it out here, a backup tracks nothing",
                 ),
-                ("--audit-every", line.audit_every.is_some(), learns),
-                ("--deltas", line.deltas.is_some(), learns),
-                ("--delta-cache-mib", line.delta_cache_mib.is_some(), learns),
+                ("--audit-every", line.audit_every.is_some(), alone),
+                ("--deltas", line.deltas.is_some(), alone),
+                ("--delta-cache-mib", line.delta_cache_mib.is_some(), alone),
             ],
         ),
     };
