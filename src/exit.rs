@@ -78,6 +78,7 @@ fn is_refusal(cause: Cause<'_>) -> bool {
     use qemu_bridge::qmp::QmpError;
     use qemu_bridge::shape::ShapeError;
     use qemu_bridge::spawn::{CommandError, ProcessError};
+    use qemu_bridge::standby::StandbyError;
     use qemu_bridge::tracker::TrackerError;
     let no_qemu = |error: &QmpError| {
         matches!(
@@ -85,7 +86,9 @@ fn is_refusal(cause: Cause<'_>) -> bool {
             QmpError::Connect { .. } | QmpError::NoGreeting { .. }
         )
     };
+    let no_standby = |error: &StandbyError| matches!(error, StandbyError::NotWaiting { .. });
     cause.is::<Refusal>()
+        || cause.downcast_ref().is_some_and(no_standby)
         || cause.downcast_ref().is_some_and(no_qemu)
         || cause.is::<CommandError>()
         || cause.is::<ProcessError>()
@@ -98,6 +101,7 @@ fn is_refusal(cause: Cause<'_>) -> bool {
 mod tests {
     use anyhow::{Context, anyhow};
     use qemu_bridge::qmp::QmpError;
+    use qemu_bridge::standby::StandbyError;
 
     use super::*;
 
@@ -125,6 +129,12 @@ mod tests {
             ),
             (
                 anyhow::Error::new(Refusal("vhost-user".into())).context("attach"),
+                Exit::Refused,
+            ),
+            (
+                anyhow::Error::new(StandbyError::NotWaiting {
+                    found: "running".into(),
+                }),
                 Exit::Refused,
             ),
         ];

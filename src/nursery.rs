@@ -5,7 +5,7 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use ft_core::shape::MAIN_RAM;
 use qemu_bridge::blocks::{Backing, RamBlock, ram_blocks, ram_blocks_of_copy};
 use qemu_bridge::qmp::Qmp;
@@ -17,6 +17,7 @@ use qemu_bridge::standby::prepare_standby;
 
 use crate::driver::backup::Standby;
 use crate::driver::worker::Desk;
+use crate::exit;
 use crate::runtime_dir::RuntimeDir;
 
 /// A QEMU that starts opens its QMP socket and answers in this time, or not at all.
@@ -143,10 +144,11 @@ impl Nursery {
                 self.main_ram = Some(fd.try_clone().context("copying the RAM's descriptor")?);
                 Ok(())
             }
-            Backing::Private { .. } => bail!(
-                "the standby's main RAM is private to its QEMU: add -object \
-                 memory-backend-memfd,id=ram,size=…,share=on -machine memory-backend=ram"
-            ),
+            Backing::Private { .. } => {
+                let text = "the standby's main RAM is private to its QEMU: add -object \
+                            memory-backend-memfd,id=ram,size=…,share=on -machine memory-backend=ram";
+                Err(exit::Refusal(text.to_owned()).into())
+            }
         }
     }
 

@@ -541,8 +541,13 @@ fn check_hello(vm_id: &str, shape: &VmShape, settings: &Settings) -> anyhow::Res
         lease_us: micros(settings.lease),
         shape: shape.clone(),
     };
-    hello.check().context("describing this VM to a peer")?;
-    Ok(hello)
+    match hello.check() {
+        Ok(()) => Ok(hello),
+        Err(error) => {
+            let text = format!("this VM can't be described to a peer: {error}");
+            Err(exit::Refusal(text).into())
+        }
+    }
 }
 
 fn arena_for(shape: &VmShape) -> Arena {
