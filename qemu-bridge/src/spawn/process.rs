@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::SigSet;
 use nix::sys::stat::fstat;
 
 use crate::qmp::{Command, Qmp, QmpError};
@@ -102,10 +103,12 @@ impl QemuProcess {
             })
             .stderr(stderr_writer);
         let dies_with_thread = options.dies_with_thread;
-        // SAFETY: the closure runs between fork and exec; it calls only fcntl and prctl, which are
-        // async-signal-safe, and neither allocates nor locks: `inherited` was made before.
+        // SAFETY: the closure runs between fork and exec; it calls only fcntl, prctl and sigprocmask,
+        // which are async-signal-safe, and neither allocates nor locks: `inherited` was made before.
         unsafe {
             command.pre_exec(move || {
+                // QEMU would keep what we block, and SIGTERM could never end it.
+                SigSet::empty().thread_set_mask()?;
                 if dies_with_thread
                     && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) < 0
                 {

@@ -6,7 +6,9 @@ use std::time::Duration;
 use crate::support::{PATIENCE, TestQemu, qemus};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::Pid;
 use qemu_bridge::qmp::{Command, Incoming, Qmp, QmpError};
 use qemu_bridge::spawn::{GuestOutput, QemuProcess, SpawnOptions};
 
@@ -128,6 +130,26 @@ fn process_behind_a_socket_is_found_and_not_killed_by_dropping() {
     assert_eq!(found.pid(), vm.process.pid());
     drop(found);
     assert!(vm.process.is_alive().unwrap());
+}
+
+/// The daemon reads SIGTERM from a descriptor, so its threads block it.
+#[test]
+fn process_takes_the_signals_that_we_block() {
+    let mut blocked = SigSet::empty();
+    blocked.add(Signal::SIGTERM);
+    blocked.thread_block().unwrap();
+    let argv = ["sleep", "60"].map(str::to_owned);
+    let options = SpawnOptions {
+        inherited: &[],
+        output: GuestOutput::Discard,
+        dies_with_thread: false,
+    };
+    let mut process = QemuProcess::spawn(&argv, &options).unwrap();
+    blocked.thread_unblock().unwrap();
+    kill(Pid::from_raw(process.pid()), Signal::SIGTERM).unwrap();
+    let ended = process.wait(PATIENCE).unwrap();
+    process.kill().unwrap();
+    assert!(ended);
 }
 
 #[test]
