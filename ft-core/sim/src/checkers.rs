@@ -13,6 +13,8 @@ use crate::world::World;
 
 /// Boundaries that may still be asked for.
 const BOUNDARIES_KEPT: usize = 8;
+/// The fence's own patience with QEMU, and the way there and back.
+const OPERATOR_STOPPED_AFTER_US: u64 = 100_000;
 
 #[derive(Debug, Default)]
 pub struct Checks {
@@ -26,6 +28,8 @@ pub struct Checks {
     pub activated: Option<u64>,
     /// The operator has declared that he prefers availability.
     pub declared: bool,
+    /// When the operator resumed the guest last.
+    pub operator_cont_at: Option<u64>,
     /// The guest runs on without the backup that it had.
     pub backup_lost: bool,
     /// The standby's RAM is known to be damaged until a full epoch is applied.
@@ -206,18 +210,21 @@ impl World {
         self.checks.failovers += 1;
     }
 
-    /// A primary whose daemon is well has stopped its guest before the backup starts its own.
+    /// A primary whose daemon is well has stopped its guest before the backup starts its own. One that
+    /// the operator has just resumed is stopped again as soon as QEMU does it; its gate stays closed.
     fn check_lease(&mut self) {
         let Some(daemon) = self.primary.daemon.as_ref().filter(|_| self.primary.up) else {
             return;
         };
         let well = !daemon.stopped && self.now > daemon.last_continued + 200_000;
+        let resumed = self.checks.operator_cont_at;
+        let by_operator = resumed.is_some_and(|at| self.now < at + OPERATOR_STOPPED_AFTER_US);
         let runs = self
             .primary
             .vm
             .as_ref()
             .is_some_and(|vm| vm.running && !vm.frozen);
-        if well && runs && !self.checks.declared {
+        if well && runs && !by_operator && !self.checks.declared {
             self.violation(
                 "the backup starts its copy while the primary's lease has not stopped it",
             );

@@ -313,7 +313,7 @@ impl World {
                     .as_ref()
                     .is_some_and(|vm| !vm.shut_down && !vm.frozen)
                 {
-                    self.continue_guest();
+                    self.operator_cont();
                 }
             }
             Fault::GuestReboots => {

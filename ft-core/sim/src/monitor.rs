@@ -96,6 +96,11 @@ impl World {
         }
     }
 
+    pub fn operator_cont(&mut self) {
+        self.checks.operator_cont_at = Some(self.now);
+        self.continue_guest();
+    }
+
     pub fn say(&mut self, out: QmpOut) {
         self.primary.said.push_back(out);
         let takes = self.rng.range(5..=60);

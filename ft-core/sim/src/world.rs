@@ -342,7 +342,7 @@ impl World {
         }
         let vm = self.primary.vm.as_ref();
         if vm.is_some_and(|vm| !vm.running && !vm.shut_down && !vm.frozen) {
-            self.continue_guest(); // the operator, in case it was him
+            self.operator_cont(); // in case it was him who stopped it
         }
     }
 
