@@ -228,18 +228,11 @@ impl Primary {
             boundary.resume_at = self.now;
             let resume = boundary.run_state == RunState::Running && !boundary.stay_paused;
             boundary.resume = resume;
-            let (epoch, run_state) = (boundary.epoch, boundary.run_state);
             if resume {
                 self.resume_vm();
             } else if boundary.stay_paused {
                 self.hold.fenced = true;
             }
-            self.worker_jobs += 1;
-            self.act(Action::Seal {
-                epoch,
-                base: self.acknowledged,
-                run_state,
-            });
             if !resume {
                 self.end_boundary(false);
             }
@@ -279,7 +272,13 @@ impl Primary {
             };
             inflight.resumed = Some((self.now, self.now.since(boundary.started)));
         }
-        self.close_epoch();
+        // Not before: QEMU would wait for a processor behind it, and the guest with it.
+        self.worker_jobs += 1;
+        self.act(Action::Seal {
+            epoch: boundary.epoch,
+            base: self.acknowledged,
+            run_state: boundary.run_state,
+        });
     }
 
     pub(super) fn on_step_failed(&mut self, step: Step, text: String) {
@@ -412,6 +411,9 @@ impl Primary {
         self.act(Action::MergeDirt);
         if inflight.bytes > 0 {
             self.break_link(format!("epoch {} was given up", inflight.epoch));
+        } else {
+            // No acknowledgement will come that lets a guest go on, and none takes another boundary.
+            self.set_throttled(false);
         }
     }
 }

@@ -164,14 +164,12 @@ impl Primary {
         self.close_epoch();
     }
 
-    /// Ends the epoch when acknowledgement, release and the reply to `cont` are all there.
-    pub(super) fn close_epoch(&mut self) {
+    /// Ends the epoch when acknowledgement and release are both there.
+    fn close_epoch(&mut self) {
         let Some(inflight) = &self.inflight else {
             return;
         };
-        let (Some(acknowledged), true, None) =
-            (inflight.acknowledged, inflight.released, &self.boundary)
-        else {
+        let (Some(acknowledged), true) = (inflight.acknowledged, inflight.released) else {
             return;
         };
         // A guest that an operator has stopped, or that is being switched over, has no `cont`.
