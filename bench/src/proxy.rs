@@ -279,7 +279,11 @@ impl Relay {
             return;
         };
         match name {
-            "stop" => floors.ran = floors.resumed.elapsed(),
+            "stop" => {
+                floors.ran = floors.resumed.elapsed();
+                // Too late: its `cont` would set the guest going in the daemon's pause.
+                floors.due = None;
+            }
             "xen-save-devices-state" => floors.boundaries += 1,
             "cont" => {
                 floors.resumed = Instant::now();
