@@ -14,7 +14,7 @@ use std::time::Duration;
 /// After a failed boundary the next one waits, twice as long each time, up to a second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-/// What a guest writes in an epoch in which it only waits: clocks, timers, a scheduler's tick.
+/// What a guest writes in a usual epoch in which it only waits: clocks, timers, a scheduler's tick.
 const IDLE_PAGES_MAX: u64 = 64;
 /// Work comes in bursts: one quiet epoch between two of them means nothing.
 const IDLE_EPOCHS: u32 = 8;
@@ -382,7 +382,15 @@ impl Primary {
 
     /// A guest that has done next to nothing for a while, and says nothing, has longer epochs.
     pub(super) fn rest_if_idle(&mut self, dirty_pages: u64, boundary_at: Micros) {
-        let idle = dirty_pages <= IDLE_PAGES_MAX && !self.output_waiting && self.failures == 0;
+        // In a longer epoch it may write as much more, or each one of those would end its rest.
+        let usual_epochs = match self.idle_epochs >= IDLE_EPOCHS {
+            true => {
+                self.config.epoch_idle.as_micros() / self.config.epoch_interval.as_micros().max(1)
+            }
+            false => 1,
+        };
+        let quiet = u128::from(dirty_pages) <= u128::from(IDLE_PAGES_MAX) * usual_epochs.max(1);
+        let idle = quiet && !self.output_waiting && self.failures == 0;
         self.idle_epochs = if idle {
             self.idle_epochs.saturating_add(1)
         } else {
