@@ -275,6 +275,23 @@ fn a_detach_without_a_link_says_what_it_waits_for() {
     assert!(pair.primary.vm_runs);
 }
 
+/// Found by the simulator: nothing was on its way whose acknowledgement would have let it go on.
+#[test]
+fn a_throttled_guest_goes_on_after_a_seal_has_failed() {
+    let mut pair = Pair::protected();
+    pair.primary.seal_hangs = true;
+    pair.pass(MAX_UNACKED + 2 * EPOCH);
+    assert!(!pair.primary.vm_runs, "throttled");
+    pair.primary.seal_hangs = false;
+    let before = pair.primary.machine.status().last_acknowledged;
+    let (step, text) = (Step::Seal, "the test says so".to_owned());
+    let failed = Input::StepFailed { step, text };
+    pair.primary.machine.handle(pair.now, failed);
+    pair.pass(2 * EPOCH);
+    assert!(pair.primary.vm_runs);
+    assert!(pair.primary.machine.status().last_acknowledged > before);
+}
+
 #[test]
 fn a_throttled_guest_goes_on_after_a_detach() {
     let mut pair = Pair::protected();

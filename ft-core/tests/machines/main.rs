@@ -4,4 +4,5 @@
 mod dice;
 mod failure_table;
 mod fuzz;
+mod pacing;
 mod rig;

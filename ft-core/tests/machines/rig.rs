@@ -33,6 +33,10 @@ pub(crate) struct PrimaryRig {
     pub(crate) vm_runs: bool,
     /// The next command of this kind fails.
     pub(crate) fails: Option<primary::Step>,
+    /// The worker never ends a seal.
+    pub(crate) seal_hangs: bool,
+    /// Of every harvest.
+    pub(crate) dirty_pages: u64,
     kind: EpochKind,
     image: Option<Image>,
 }
@@ -103,6 +107,8 @@ impl PrimaryRig {
             pushed: VecDeque::new(),
             vm_runs: true,
             fails: None,
+            seal_hangs: false,
+            dirty_pages: 0,
             kind: EpochKind::Delta,
             image: None,
         }
@@ -138,9 +144,13 @@ impl PrimaryRig {
                 Action::Harvest { kind, .. } => {
                     self.kind = *kind;
                     if !self.failing(Step::Harvest) {
-                        self.answers.push_back(Input::Harvested(Default::default()));
+                        self.answers.push_back(Input::Harvested(primary::Harvest {
+                            dirty_pages: self.dirty_pages,
+                            ..Default::default()
+                        }));
                     }
                 }
+                Action::Seal { .. } if self.seal_hangs => {}
                 Action::Seal {
                     base, run_state, ..
                 } => {
