@@ -148,10 +148,18 @@ struct Floors {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Idle,
-    /// The sink is being handed over.
-    Adding,
-    Running,
+    /// The sink is being handed over; so many replies are still to come.
+    Adding(u32),
+    /// So are they of a boundary.
+    Running(u32),
 }
+
+/// Replies until the sink is there: its own and the filter's.
+const ADDING_REPLIES: u32 = 2;
+/// Replies to a boundary of ours until `cont` is sent: to the gate, `stop` and the save.
+const PAUSED_REPLIES: u32 = 3;
+/// Those, to `cont`, and to the gate again.
+const BOUNDARY_REPLIES: u32 = PAUSED_REPLIES + 2;
 
 impl Floors {
     fn new() -> Result<Floors> {
@@ -308,14 +316,13 @@ impl Relay {
         floors.due = None;
         if !floors.handed_over {
             floors.handed_over = true;
-            floors.stage = Stage::Adding;
-            let add =
-                json!({"execute": "add-fd", "arguments": {"fdset-id": 977}, "id": "floor-add"});
+            floors.stage = Stage::Adding(ADDING_REPLIES);
+            let add = json!({"execute": "add-fd", "arguments": {"fdset-id": 9}});
             let sink = [floors.sink.try_clone()?.into()];
             send(qemu, format!("{add}\n").as_bytes(), &sink)?;
             // One that holds nothing: there is a gate to move in the daemon's boundaries.
-            let filter = json!({"execute": "object-add", "id": "floor-filter", "arguments": {
-                "qom-type": "filter-buffer", "id": "floor", "netdev": NETDEV, "queue": "rx",
+            let filter = json!({"execute": "object-add", "arguments": {
+                "qom-type": "filter-buffer", "id": "flr0", "netdev": NETDEV, "queue": "rx",
                 "interval": 4_000_000_000_u32, "status": "off"}});
             return send(qemu, format!("{filter}\n").as_bytes(), &[]);
         }
@@ -363,13 +370,21 @@ impl Relay {
         let Some(floors) = self.floors.as_mut().filter(|_| ours) else {
             return Ok(false);
         };
-        match message["id"].as_str() {
-            Some("floor-add") => {}
-            Some("floor-gate") => send(&floors.client, line, &[])?,
-            Some("floor-filter") => floors.begin()?,
-            Some("floor-cont") => floors.stage = Stage::Idle,
-            Some("floor-stop" | "floor-save") => send(&floors.client, line, &[])?,
-            _ => return Ok(message.get("event").is_some()),
+        if message.get("event").is_some() {
+            return Ok(true);
+        }
+        // None of the daemon's commands is under way: the reply is to one of ours.
+        match floors.stage {
+            Stage::Adding(2..) => floors.stage = Stage::Adding(1),
+            Stage::Adding(_) => floors.begin()?,
+            Stage::Running(left) => {
+                floors.stage = match left {
+                    2.. => Stage::Running(left - 1),
+                    _ => Stage::Idle,
+                };
+                send(&floors.client, line, &[])?;
+            }
+            Stage::Idle => unreachable!("it is ours"),
         }
         Ok(true)
     }
@@ -378,34 +393,35 @@ impl Relay {
 impl Floors {
     fn begin(&mut self) -> Result<()> {
         self.sink.seek(io::SeekFrom::Start(0))?;
-        self.stage = Stage::Running;
+        self.stage = Stage::Running(BOUNDARY_REPLIES);
         send(&self.client, b"go\n", &[])
     }
 }
 
-/// The commands of a boundary, as the daemon sends them: pause, save and the gate in one write, and
-/// `cont` as soon as all of that is done.
+/// The commands of a boundary, as the daemon sends them: the gate, pause and save in one write, `cont`
+/// as soon as all of that is done, and the gate again when the guest runs.
 fn floor_client(proxy: &UnixStream) -> Result<()> {
-    const STOP: &str = "{\"execute\":\"stop\",\"id\":\"floor-stop\"}\n";
-    const SAVE: &str = "{\"execute\":\"xen-save-devices-state\",\"arguments\":{\"filename\":\
-                        \"/dev/fdset/977\",\"live\":false},\"id\":\"floor-save\"}\n";
-    const GATE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"floor\",\"property\":\
-                        \"status\",\"value\":\"on\"},\"id\":\"floor-gate\"}\n\
-                        {\"execute\":\"qom-set\",\"arguments\":{\"path\":\"floor\",\"property\":\
-                        \"status\",\"value\":\"off\"},\"id\":\"floor-gate\"}\n";
-    const CONT: &str = "{\"execute\":\"cont\",\"id\":\"floor-cont\"}\n";
-    let mut gates = 0;
+    const PAUSE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"flr0\",\"property\":\
+                         \"status\",\"value\":\"on\"}}\n\
+                         {\"execute\":\"stop\"}\n\
+                         {\"execute\":\"xen-save-devices-state\",\"arguments\":{\"filename\":\
+                         \"/dev/fdset/9\",\"live\":false}}\n";
+    const CONT: &str = "{\"execute\":\"cont\"}\n";
+    const RELEASE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"flr0\",\"property\":\
+                           \"status\",\"value\":\"off\"}}\n";
+    let mut replies = 0;
     for line in BufReader::new(proxy).lines() {
         let line = line?;
         if line == "go" {
-            send(proxy, format!("{STOP}{SAVE}{GATE}").as_bytes(), &[])?;
+            replies = 0;
+            send(proxy, PAUSE.as_bytes(), &[])?;
             continue;
         }
-        let reply: Value = serde_json::from_str(&line)?;
-        gates += u32::from(reply["id"] == "floor-gate");
-        if gates == 2 {
-            gates = 0;
+        replies += 1;
+        if replies == PAUSED_REPLIES {
             send(proxy, CONT.as_bytes(), &[])?;
+        } else if replies == PAUSED_REPLIES + 1 {
+            send(proxy, RELEASE.as_bytes(), &[])?;
         }
     }
     Ok(())

@@ -40,8 +40,8 @@ pub fn requests_us(logs: &[Vec<Record>]) -> Vec<u64> {
 }
 
 /// What QEMU needs for a boundary without anything of ours, from `stop` submitted to the reply to
-/// `cont` as `pause_us` in docs/events.md, in microseconds: pause, save and the moves of a gate in
-/// one write, and `cont` when all of that is done. Nobody else may use the socket.
+/// `cont` as `pause_us` in docs/events.md, in microseconds: the move of a gate, pause and save in one
+/// write, and `cont` when all of that is done. Nobody else may use the socket.
 ///
 /// # Errors
 /// QEMU refuses.
@@ -54,24 +54,23 @@ pub fn floors_us(qmp: &Path, dir: &Path) -> Result<Vec<u64>> {
     monitor.line()?;
     monitor.run(&[r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#.into()])?;
     let add = format!(
-        r#"{{"execute":"object-add","arguments":{{"qom-type":"filter-buffer","id":"floor","netdev":"{NETDEV}","queue":"rx","interval":4000000000,"status":"off"}}}}"#
+        r#"{{"execute":"object-add","arguments":{{"qom-type":"filter-buffer","id":"flr0","netdev":"{NETDEV}","queue":"rx","interval":4000000000,"status":"off"}}}}"#
     );
     monitor.run(&[add])?;
     let sink = dir.join("floor.state");
     File::create(&sink)?;
     let gate = |status: &str| {
         format!(
-            r#"{{"execute":"qom-set","arguments":{{"path":"floor","property":"status","value":"{status}"}}}}"#
+            r#"{{"execute":"qom-set","arguments":{{"path":"flr0","property":"status","value":"{status}"}}}}"#
         )
     };
     let boundary = [
+        gate("on"),
         r#"{"execute":"stop"}"#.to_owned(),
         format!(
             r#"{{"execute":"xen-save-devices-state","arguments":{{"filename":"{}","live":false}}}}"#,
             sink.display()
         ),
-        gate("on"),
-        gate("off"),
     ];
     let mut floors_us = Vec::new();
     for _ in 0..BOUNDARIES {
@@ -80,8 +79,9 @@ pub fn floors_us(qmp: &Path, dir: &Path) -> Result<Vec<u64>> {
         monitor.run(&boundary)?;
         monitor.run(&[r#"{"execute":"cont"}"#.to_owned()])?;
         floors_us.push(micros(began));
+        monitor.run(&[gate("off")])?;
     }
-    monitor.run(&[r#"{"execute":"object-del","arguments":{"id":"floor"}}"#.into()])?;
+    monitor.run(&[r#"{"execute":"object-del","arguments":{"id":"flr0"}}"#.into()])?;
     Ok(floors_us)
 }
 

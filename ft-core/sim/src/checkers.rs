@@ -217,18 +217,21 @@ impl World {
             return;
         };
         let well = !daemon.stopped && self.now > daemon.last_continued + 200_000;
-        let resumed = self.checks.operator_cont_at;
-        let by_operator = resumed.is_some_and(|at| self.now < at + OPERATOR_STOPPED_AFTER_US);
         let runs = self
             .primary
             .vm
             .as_ref()
             .is_some_and(|vm| vm.running && !vm.frozen);
-        if well && runs && !by_operator && !self.checks.declared {
+        if well && runs && !self.just_resumed_by_operator() && !self.checks.declared {
             self.violation(
                 "the backup starts its copy while the primary's lease has not stopped it",
             );
         }
+    }
+
+    fn just_resumed_by_operator(&self) -> bool {
+        let resumed = self.checks.operator_cont_at;
+        resumed.is_some_and(|at| self.now < at + OPERATOR_STOPPED_AFTER_US)
     }
 
     pub fn backup_report(&mut self, report: &backup::Report) {
@@ -245,7 +248,10 @@ impl World {
                 self.violation("proof of death, but daemon or QEMU lives");
             }
             Reason::QemuDied if alive => self.violation("activation for a QEMU that lives"),
-            Reason::Switchover if runs => self.violation("switchover while the guest runs"),
+            // With the daemon gone only its guardian is left to stop it; the gate stays closed.
+            Reason::Switchover if runs && !self.just_resumed_by_operator() => {
+                self.violation("switchover while the guest runs");
+            }
             _ => {}
         }
     }

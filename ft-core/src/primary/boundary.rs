@@ -1,8 +1,10 @@
-//! One boundary: pause, save while scanning and harvesting, move the gate, resume.
+//! One boundary: move the gate, pause, save while scanning and harvesting, resume.
 //!
-//! The save and the harvest run at the same time, in QEMU and in the worker. The gate is moved
-//! right behind the save, in the same write to QEMU: if the boundary is aborted afterwards, what
-//! was moved leaves with the next acknowledgement, which covers it. Neither waits for the network. A step that fails ends the boundary: the guest goes on, the dirt goes back.
+//! The gate is moved first, so that the guest need not stand still for it: what it still sends until
+//! it stops waits with the next epoch's output, longer than it must and never shorter. If the boundary
+//! is aborted, what was moved leaves with the next acknowledgement, which covers it. The save and the
+//! harvest run at the same time, in QEMU and in the worker. Neither waits for the network. A step that
+//! fails ends the boundary: the guest goes on, the dirt goes back.
 
 use super::closing::Closing;
 use super::commands::Kind;
@@ -127,9 +129,6 @@ impl Primary {
             acknowledged: None,
             released: false,
         });
-        // Also a guest that stands still is told to: it may have been resumed a moment ago.
-        self.pause_vm();
-        self.act(Action::SaveDevices);
         // Output of the epoch that starts now must wait for its acknowledgement, so the gate
         // closes at the first boundary and not only when that is acknowledged.
         let first = self.acknowledged == Epoch::NONE;
@@ -138,6 +137,9 @@ impl Primary {
         } else {
             Action::MoveGate
         });
+        // Also a guest that stands still is told to: it may have been resumed a moment ago.
+        self.pause_vm();
+        self.act(Action::SaveDevices);
     }
 
     fn harvest(&mut self) {

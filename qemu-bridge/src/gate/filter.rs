@@ -4,6 +4,9 @@
 //! `queue=rx` is the direction from the guest, in which the object that was added last is met
 //! first. So the second stage is added first, and last of all a mirror: it copies what the guest
 //! sends to a socket of ours, which is how waiting output is noticed without asking QEMU.
+//!
+//! Packets wait in the second stage. The first one holds only from a boundary until the release of its
+//! epoch, so that a boundary takes one command: QEMU reads commands byte by byte, and the guest waits.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -29,6 +32,8 @@ const DRAIN_BYTES: usize = 64 << 10;
 #[derive(Debug)]
 pub struct FilterGate {
     netdevs: Vec<Netdev>,
+    /// There was a boundary since the last release: what the first stage holds came after it.
+    apart: bool,
     mirrors: Epoll,
     buffer: Vec<u8>,
 }
@@ -44,7 +49,7 @@ struct Netdev {
     outlet: String,
     copies: OwnedFd,
     frames: FrameCounter,
-    /// Packets in the first stage.
+    /// Packets since the last boundary.
     staged: u64,
     dropped: u64,
 }
@@ -64,6 +69,7 @@ impl FilterGate {
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(|e| failed("epoll_create", e))?;
         let mut gate = FilterGate {
             netdevs: Vec::new(),
+            apart: false,
             mirrors,
             buffer: vec![0; DRAIN_BYTES],
         };
@@ -111,13 +117,18 @@ impl Gate for FilterGate {
             // What is on its way through the mirror is counted for the epoch that begins now.
             self.netdevs.iter_mut().for_each(|netdev| netdev.staged = 0);
         }
-        let steps = |n: &Netdev| match operation {
-            Operation::Close => vec![n.second("on"), n.first("on"), n.mirror("on")],
-            Operation::Advance => vec![n.first("off"), n.first("on")],
-            Operation::Release => vec![n.second("off"), n.second("on")],
-            Operation::Open => vec![n.mirror("off"), n.first("off"), n.second("off")],
+        let steps = |n: &Netdev| match (operation, self.apart) {
+            (Operation::Close, _) => vec![n.second("on"), n.first("on"), n.mirror("on")],
+            (Operation::Advance, false) => vec![n.first("on")],
+            // The last boundary's epoch was given up: this one's output is also what came since.
+            (Operation::Advance, true) => vec![n.first("off"), n.first("on")],
+            (Operation::Release, true) => vec![n.second("off"), n.second("on"), n.first("off")],
+            (Operation::Release, false) => Vec::new(),
+            (Operation::Open, _) => vec![n.mirror("off"), n.first("off"), n.second("off")],
         };
-        Ok(self.netdevs.iter().flat_map(steps).collect())
+        let commands = self.netdevs.iter().flat_map(steps).collect();
+        self.apart = matches!(operation, Operation::Close | Operation::Advance);
+        Ok(commands)
     }
 
     fn waiting_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -255,5 +266,63 @@ fn failed(operation: &'static str, error: Errno) -> GateError {
     GateError::System {
         operation,
         source: error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_of_an_epoch_that_was_given_up_joins_that_of_the_next() {
+        let (copies, _theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::Stream,
+            None,
+            SockFlag::empty(),
+        )
+        .unwrap();
+        let mut gate = FilterGate {
+            netdevs: vec![Netdev {
+                id: "n0".into(),
+                second: "second".into(),
+                first: "first".into(),
+                mirror: "mirror".into(),
+                outlet: "outlet".into(),
+                copies,
+                frames: FrameCounter::default(),
+                staged: 0,
+                dropped: 0,
+            }],
+            apart: false,
+            mirrors: Epoll::new(EpollCreateFlags::empty()).unwrap(),
+            buffer: Vec::new(),
+        };
+        let mut expect = |operation, commands: &[Command]| {
+            assert_eq!(
+                gate.perform(operation).unwrap(),
+                commands,
+                "to {operation:?}"
+            );
+        };
+        let set = set_status;
+        let closing = [set("second", "on"), set("first", "on"), set("mirror", "on")];
+        let release = [
+            set("second", "off"),
+            set("second", "on"),
+            set("first", "off"),
+        ];
+        expect(Operation::Close, &closing);
+        expect(Operation::Release, &release);
+        expect(Operation::Advance, &[set("first", "on")]);
+        // Never what came after the boundary, and nothing twice.
+        expect(Operation::Release, &release);
+        expect(Operation::Release, &[]);
+        expect(Operation::Advance, &[set("first", "on")]);
+        expect(
+            Operation::Advance,
+            &[set("first", "off"), set("first", "on")],
+        );
+        expect(Operation::Release, &release);
     }
 }

@@ -1,8 +1,8 @@
 //! The output gate: what the guest sends in an epoch leaves the host when the backup has that epoch.
 //!
-//! Two stages. The running epoch's packets wait in the first; at a boundary they move on to the
-//! second, and the acknowledgement lets exactly those out. A gate holds one epoch that is not
-//! acknowledged: the next boundary comes after the release of the last one has returned.
+//! Two stages, which keep apart what was sent before and after a boundary: the acknowledgement lets
+//! exactly the first of it out. A gate holds one epoch that is not acknowledged: the next boundary comes
+//! after the release of the last one has returned.
 //!
 //! It fails closed. What is held when daemon or QEMU end stays held.
 
@@ -22,11 +22,11 @@ pub use plug::PlugGate;
 /// What the epoch engine wants of a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Hold from now on: at the first boundary. The guest is paused.
+    /// Hold from now on: at the first boundary.
     Close,
-    /// At a boundary: what is in the first stage goes to the second. The guest is paused.
+    /// At a boundary: what is held belongs to the epoch that ends, what comes to the next one.
     Advance,
-    /// What is in the second stage may leave.
+    /// What came before the last [`Operation::Advance`] may leave.
     Release,
     /// Let everything pass, also what is held.
     Open,
@@ -38,7 +38,8 @@ pub trait Gate: Send + fmt::Debug {
     fn name(&self) -> String;
 
     /// Whether [`Gate::perform`] carries out an operation itself. Then the caller has to wait until
-    /// the guest is paused, where the operation wants that.
+    /// the guest is paused to close or advance it. By commands that is done before the guest is paused:
+    /// what is sent in between waits with the next epoch's.
     fn acts_at_once(&self) -> bool {
         false
     }

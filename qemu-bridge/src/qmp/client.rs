@@ -1,6 +1,6 @@
 //! A QMP connection that never blocks, except where its caller asks for it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -98,7 +98,8 @@ pub struct Qmp {
     outgoing: VecDeque<Segment>,
     /// QEMU keeps one received descriptor at a time: the next one waits for this reply.
     descriptor_in_flight: Option<RequestId>,
-    pending: BTreeMap<RequestId, String>,
+    /// What QEMU has not answered yet, oldest first: it answers in order.
+    pending: VecDeque<RequestId>,
     kept: VecDeque<Incoming>,
     next_id: u64,
 }
@@ -148,7 +149,7 @@ impl Qmp {
             decoder: Decoder::default(),
             outgoing: VecDeque::new(),
             descriptor_in_flight: None,
-            pending: BTreeMap::new(),
+            pending: VecDeque::new(),
             kept: VecDeque::new(),
             next_id: 1,
         };
@@ -380,8 +381,8 @@ impl Qmp {
     fn encode(&mut self, command: &Command, bytes: &mut Vec<u8>) -> RequestId {
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        command.encode(id.0, bytes);
-        self.pending.insert(id, command.name().to_owned());
+        command.encode(bytes);
+        self.pending.push_back(id);
         id
     }
 
@@ -473,15 +474,9 @@ impl Qmp {
         match message {
             Message::Greeting { .. } => Err(QmpError::Protocol("a second greeting")),
             Message::Event { name, data, at_us } => Ok(Incoming::Event { name, data, at_us }),
-            Message::Reply { id: None, .. } => Err(QmpError::Protocol("a reply without an id")),
-            Message::Reply {
-                id: Some(id),
-                result,
-            } => {
-                let id = RequestId(id);
-                if self.pending.remove(&id).is_none() {
-                    return Err(QmpError::Protocol("a reply to a command that was not sent"));
-                }
+            Message::Reply(result) => {
+                let answered = self.pending.pop_front();
+                let id = answered.ok_or(QmpError::Protocol("a reply to no command"))?;
                 if self.descriptor_in_flight == Some(id) {
                     self.descriptor_in_flight = None;
                 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 /// machine, stays well under 1 MiB.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
 
-/// One command, before it has an id.
+/// One command. It has no `id`: QEMU answers in order (docs/interop/qmp-spec), and reads byte by byte.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Command {
     name: String,
@@ -39,15 +39,15 @@ impl Command {
         &self.name
     }
 
-    /// Appends the command as one compact line: without `oob` QEMU spends up to 4.5 µs a byte.
-    pub fn encode(&self, id: u64, out: &mut Vec<u8>) {
+    /// Appends the command as one compact line: QEMU spends up to 4.5 µs a byte.
+    pub fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(b"{\"execute\":");
         append_json(out, &self.name);
         if !self.arguments.is_empty() {
             out.extend_from_slice(b",\"arguments\":");
             append_json(out, &self.arguments);
         }
-        out.extend_from_slice(format!(",\"id\":{id}}}\n").as_bytes());
+        out.extend_from_slice(b"}\n");
     }
 }
 
@@ -74,11 +74,8 @@ pub enum Message {
         /// QEMU offers out-of-band execution.
         oob: bool,
     },
-    Reply {
-        /// Missing only if QEMU could not parse what we sent.
-        id: Option<u64>,
-        result: Result<Value, QmpFailure>,
-    },
+    /// To the oldest command that has none yet.
+    Reply(Result<Value, QmpFailure>),
     Event {
         name: String,
         data: Value,
@@ -169,17 +166,14 @@ impl Decoder {
 fn parse(line: &[u8]) -> Result<Message, CodecError> {
     let mut object: Map<String, Value> =
         serde_json::from_slice(line).map_err(|e| CodecError::NotJson(e.to_string()))?;
-    let id = object.get("id").and_then(Value::as_u64);
     if let Some(value) = object.remove("return") {
-        let result = Ok(value);
-        return Ok(Message::Reply { id, result });
+        return Ok(Message::Reply(Ok(value)));
     }
     if let Some(error) = object.get("error") {
-        let result = Err(QmpFailure {
+        return Ok(Message::Reply(Err(QmpFailure {
             class: text(error, "class"),
             desc: text(error, "desc"),
-        });
-        return Ok(Message::Reply { id, result });
+        })));
     }
     if let Some(Value::String(name)) = object.remove("event") {
         let at_us = object.get("timestamp").map_or(0, timestamp_us);
@@ -228,13 +222,11 @@ mod tests {
     #[test]
     fn command_is_one_compact_line() {
         let mut out = Vec::new();
-        Command::new("stop").encode(7, &mut out);
-        Command::new("add-fd")
-            .arg("fdset-id", 3)
-            .encode(8, &mut out);
+        Command::new("stop").encode(&mut out);
+        Command::new("add-fd").arg("fdset-id", 3).encode(&mut out);
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            "{\"execute\":\"stop\",\"id\":7}\n{\"execute\":\"add-fd\",\"arguments\":{\"fdset-id\":3},\"id\":8}\n"
+            "{\"execute\":\"stop\"}\n{\"execute\":\"add-fd\",\"arguments\":{\"fdset-id\":3}}\n"
         );
     }
 
@@ -243,9 +235,9 @@ mod tests {
         let text = concat!(
             r#"{"QMP":{"version":{"qemu":{"micro":22,"minor":2,"major":7},"package":""},"capabilities":["oob"]}}"#,
             "\r\n",
-            r#"{"return":{"a":1},"id":1}"#,
+            r#"{"return":{"a":1}}"#,
             "\r\n\r\n",
-            r#"{"id":2,"error":{"class":"GenericError","desc":"no"}}"#,
+            r#"{"error":{"class":"GenericError","desc":"no"}}"#,
             "\n",
             r#"{"timestamp":{"seconds":3,"microseconds":5},"event":"NEVER_HEARD_OF","data":{"x":[]}}"#,
             "\n",
@@ -254,16 +246,8 @@ mod tests {
         assert!(
             matches!(&messages[0], Message::Greeting { oob: true, version } if version["qemu"]["major"] == 7)
         );
-        assert_eq!(
-            messages[1],
-            Message::Reply {
-                id: Some(1),
-                result: Ok(json!({"a": 1}))
-            }
-        );
-        assert!(
-            matches!(&messages[2], Message::Reply { id: Some(2), result: Err(f) } if f.desc == "no")
-        );
+        assert_eq!(messages[1], Message::Reply(Ok(json!({"a": 1}))));
+        assert!(matches!(&messages[2], Message::Reply(Err(f)) if f.desc == "no"));
         assert!(
             matches!(&messages[3], Message::Event { name, at_us: 3_000_005, .. } if name == "NEVER_HEARD_OF")
         );
@@ -271,7 +255,7 @@ mod tests {
 
     #[test]
     fn same_messages_however_the_bytes_are_cut() {
-        let text = b"{\"return\":{},\"id\":1}\n{\"event\":\"STOP\"}\n{\"return\":[],\"id\":2}\n";
+        let text = b"{\"return\":{}}\n{\"event\":\"STOP\"}\n{\"return\":[]}\n";
         let whole = decode_all(text).unwrap();
         for step in 1..text.len() {
             let mut decoder = Decoder::default();

@@ -151,10 +151,11 @@ impl Qemu {
         self.batch.push((Command::new("cont"), Purpose::Resume));
     }
 
-    /// Closes the gate, or moves what it holds on. → [`QemuInput::GateMoved`]
+    /// Closes the gate, or keeps what comes apart from what it holds, before or in the pause that follows.
+    /// → [`QemuInput::GateMoved`]
     pub(super) fn move_gate(&mut self, operation: Operation, inputs: &mut Vec<QemuInput>) {
         self.gate_opening = false;
-        if self.gate.acts_at_once() && self.is_stopping() {
+        if self.gate.acts_at_once() {
             self.gate_waits = Some(operation);
         } else if self.operate(operation, Purpose::MoveGate, inputs) {
             inputs.push(QemuInput::GateMoved);
@@ -473,8 +474,9 @@ impl Qemu {
         if purpose == Purpose::Pause
             && !self.is_stopping()
             && let Some(operation) = self.gate_waits.take()
+            && self.operate(operation, Purpose::MoveGate, inputs)
         {
-            self.move_gate(operation, inputs);
+            inputs.push(QemuInput::GateMoved);
         }
     }
 
