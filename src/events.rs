@@ -291,6 +291,7 @@ impl Events {
             kind: report.kind.into(),
             pause_us: us(report.pause),
             dirty_pages: report.dirty_pages,
+            precopied_pages: report.precopied_pages,
             bytes: report.bytes,
             commit_us: us(report.commit),
             phases_us: event::Phases {

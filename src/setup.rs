@@ -43,6 +43,8 @@ use crate::state_store::StateStore;
 
 /// Chunks that a live round may have filled and not pushed.
 const SYNC_CHUNKS: u32 = 16;
+/// Fewer dirty pages are copied while QEMU saves its devices.
+const PRECOPY_PAGES_MIN: u64 = 256;
 /// Chunks beside those of one epoch: windows, and what a merge may leave.
 const SPARE_CHUNKS: usize = 64;
 
@@ -188,6 +190,7 @@ fn prepare_primary(
     let session = Session(random_number()?);
     let term = store.load().term;
     let vm = vm_tag(&settings.vm_id);
+    let precopy_pages_min = tracker.arms_live().then_some(PRECOPY_PAGES_MIN);
     let worker = PrimaryWorker::new(
         ram,
         tracker,
@@ -211,6 +214,7 @@ fn prepare_primary(
         max_unacked: settings.max_unacked,
         audit_every: settings.audit_every,
         sync_chunks: SYNC_CHUNKS,
+        precopy_pages_min,
     };
     let machine = Primary::new(config, PrimaryVm { shape, running }, clock::now());
     Ok(primary::Parts {

@@ -269,6 +269,7 @@ mod tests {
             kind: EpochKind::Delta,
             pause: Duration::from_millis(pause_ms),
             dirty_pages: 800,
+            precopied_pages: 0,
             bytes: 3_300_000,
             commit: Duration::from_millis(4),
             phases: Phases::default(),

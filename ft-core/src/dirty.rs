@@ -108,9 +108,9 @@ impl DirtySet {
 
     /// Whether the page is dirty; false for a page that doesn't exist.
     pub fn contains(&self, block: BlockId, page: u64) -> bool {
-        self.blocks
-            .get(usize::from(block.0))
-            .is_some_and(|b| page < b.pages && b.next_set(page) == Some(page))
+        self.blocks.get(usize::from(block.0)).is_some_and(|b| {
+            page < b.pages && b.words[word_of(page)] >> (page % WORD_BITS) & 1 == 1
+        })
     }
 
     /// Adds the pages of `other`.
@@ -125,6 +125,35 @@ impl DirtySet {
             }
         }
         Ok(())
+    }
+
+    /// Takes the pages of `other` out.
+    ///
+    /// # Panics
+    /// If the two don't cover the same blocks of the same length; as the next two.
+    pub fn remove(&mut self, other: &DirtySet) {
+        self.combine(other, |ours, theirs| ours & !theirs);
+    }
+
+    /// Keeps only pages that `other` has as well.
+    pub fn intersect(&mut self, other: &DirtySet) {
+        self.combine(other, |ours, theirs| ours & theirs);
+    }
+
+    /// Becomes equal to `other`, without allocating.
+    pub fn copy_from(&mut self, other: &DirtySet) {
+        self.combine(other, |_, theirs| theirs);
+    }
+
+    fn combine(&mut self, other: &DirtySet, word: impl Fn(u64, u64) -> u64) {
+        if let Err(error) = self.check_same_shape(other) {
+            panic!("{error}");
+        }
+        for (ours, theirs) in self.blocks.iter_mut().zip(&other.blocks) {
+            for (ours, theirs) in ours.words.iter_mut().zip(&theirs.words) {
+                *ours = word(*ours, *theirs);
+            }
+        }
     }
 
     /// The dirty pages as maximal runs, by block and page.

@@ -31,6 +31,8 @@ pub struct Cursor {
     /// Look for holes of the RAM's file first. Dirty pages of a delta can't be holes, so this is
     /// for the first round and for full epochs.
     check_holes: bool,
+    /// Zero pages are left out: they take no time later, and a chunk has no room for what they become.
+    leave_zeros: bool,
     /// The data stretch that the hole look-up has found, so that it is asked once per stretch.
     known_data: Option<PageRun>,
     batch: usize,
@@ -42,6 +44,7 @@ impl Default for Cursor {
             runs: Vec::with_capacity(RUNS_READY),
             next: 0,
             check_holes: false,
+            leave_zeros: false,
             known_data: None,
             batch: BATCH_PAGES,
         }
@@ -55,8 +58,15 @@ impl Cursor {
         self.runs.extend(dirty.runs());
         self.next = 0;
         self.check_holes = check_holes;
+        self.leave_zeros = false;
         self.known_data = None;
         self.batch = BATCH_PAGES;
+    }
+
+    /// Starts over with the pages of `dirty`, of a running guest, but for those that are zero.
+    pub fn load_live(&mut self, dirty: &DirtySet) {
+        self.load(dirty, false);
+        self.leave_zeros = true;
     }
 
     fn current(&self) -> Option<PageRun> {
@@ -130,11 +140,12 @@ pub fn fill<M: AsMut<[u8]>>(
         }
         if zeros > 0 {
             let first = run.first + filled as u64;
-            if !builder.push_zero(PageRun {
+            let zero_run = PageRun {
                 block: run.block,
                 first,
                 count: zeros as u64,
-            }) {
+            };
+            if !cursor.leave_zeros && !builder.push_zero(zero_run) {
                 return Ok(Progress::Full);
             }
             cursor.advance(zeros as u64);

@@ -11,9 +11,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context;
-use ft_core::Micros;
 use ft_core::primary::{Action, Command, End, GateState, Input, LinkDown, Primary, Report};
 use ft_core::wire::Frame;
+use ft_core::{Epoch, Micros};
 use nix::poll::PollFlags;
 use qemu_bridge::gate::Operation;
 use transport::choice::{Connected, Transport};
@@ -441,6 +441,7 @@ impl Driver {
             Done::AllArmed => Input::AllArmed,
             Done::RoundStarted { pages } => Input::RoundStarted { pages },
             Done::RoundFilled { done } => Input::RoundFilled { done },
+            Done::Precopied => Input::Precopied,
             Done::Harvested(harvest) => Input::Harvested(harvest),
             Done::Failed { step, text } => Input::StepFailed { step, text },
             Done::Chunk { index, last, chunk } => {
@@ -547,13 +548,15 @@ impl Driver {
                     chunks,
                 });
             }
+            Action::Precopy { .. } if self.parts.qemu.has_direct_io() => {
+                self.input(Input::Precopied); // of nothing
+            }
+            Action::Precopy { epoch } => {
+                let (frame, pack) = (self.frame_of(epoch), self.packing_may_pay());
+                self.work(Job::Precopy { frame, pack });
+            }
             Action::Harvest { epoch, kind, audit } => {
-                let frame = Frame {
-                    epoch,
-                    term: self.term(),
-                    ..self.parts.frame
-                };
-                let pack = self.transport == Transport::Tcp;
+                let (frame, pack) = (self.frame_of(epoch), self.packing_may_pay());
                 self.work(Job::Harvest {
                     frame,
                     kind,
@@ -595,6 +598,18 @@ impl Driver {
             Action::Finish(end) => self.end = Some(end),
         }
         Ok(())
+    }
+
+    fn frame_of(&self, epoch: Epoch) -> Frame {
+        Frame {
+            epoch,
+            term: self.term(),
+            ..self.parts.frame
+        }
+    }
+
+    fn packing_may_pay(&self) -> bool {
+        self.transport == Transport::Tcp
     }
 
     fn term(&self) -> ft_core::Term {

@@ -72,6 +72,8 @@ pub(super) enum Event<'a> {
         kind: Kind,
         pause_us: u64,
         dirty_pages: u64,
+        /// Of those, the ones that were copied before the pause.
+        precopied_pages: u64,
         bytes: u64,
         commit_us: u64,
         phases_us: Phases,
@@ -224,6 +226,7 @@ mod tests {
                 kind,
                 pause_us: 1,
                 dirty_pages: 2,
+                precopied_pages: 1,
                 bytes: 3,
                 commit_us: 4,
                 phases_us: Phases::default(),

@@ -59,7 +59,7 @@ fn epochs_and_audits_are_told_in_numbers() {
         });
     });
     let expected = serde_json::json!([
-        { "event": "epoch", "epoch": 3, "kind": "full", "pause_us": 1900, "dirty_pages": 12,
+        { "event": "epoch", "epoch": 3, "kind": "full", "pause_us": 1900, "dirty_pages": 12, "precopied_pages": 5,
           "bytes": 50_000, "commit_us": 700,
           "phases_us": { "stop": 100, "save": 1500, "harvest": 1200, "scan": 300, "copy": 600,
                          "cont": 200 } },
@@ -74,6 +74,7 @@ fn epoch(number: u64, kind: EpochKind) -> primary::Report {
         kind,
         pause: Duration::from_micros(1900),
         dirty_pages: 12,
+        precopied_pages: 5,
         bytes: 50_000,
         commit: Duration::from_micros(700),
         phases: Phases {

@@ -174,6 +174,7 @@ fn report(pair: &Pair, setup: &Setup, killed_us: u64, failover: &Value) -> Resul
         "floors": floors.len(),
         "commit_us": quantiles(&pair.primary.numbers("epoch", "commit_us")),
         "dirty_pages": quantiles(&pair.primary.numbers("epoch", "dirty_pages")),
+        "precopied_pages": quantiles(&pair.primary.numbers("epoch", "precopied_pages")),
         "sent_bytes": quantiles(&pair.primary.numbers("epoch", "bytes")),
         "audits": { "run": audits.len(), "mismatches": mismatches },
         "failover": {

@@ -65,6 +65,7 @@ named!(Moment {
     None,
     Connect,
     KeepProof,
+    Precopy,
     Pause,
     Save,
     Harvest,
@@ -94,6 +95,7 @@ impl Moment {
         match action {
             Action::Connect => Moment::Connect,
             Action::KeepProof => Moment::KeepProof,
+            Action::Precopy { .. } => Moment::Precopy,
             Action::PauseVm => Moment::Pause,
             Action::SaveDevices => Moment::Save,
             Action::Harvest { .. } => Moment::Harvest,

@@ -253,6 +253,7 @@ impl World {
                 Done::AllArmed => Input::AllArmed,
                 Done::RoundStarted { pages } => Input::RoundStarted { pages },
                 Done::RoundFilled { done } => Input::RoundFilled { done },
+                Done::Precopied => Input::Precopied,
                 Done::Harvested(harvest) => Input::Harvested(harvest),
                 Done::Failed { step, text } => Input::StepFailed { step, text },
                 Done::Chunk(chunk) => {
@@ -376,6 +377,7 @@ impl World {
                 self.primary.phase = Phase::Boundary;
                 self.qmp(Qmp::Save);
             }
+            Action::Precopy { .. } => self.work(Job::Precopy),
             Action::Harvest { epoch, kind, audit } => {
                 let frame = Frame {
                     epoch,

@@ -1,7 +1,7 @@
 //! The primary's worker: tracker, dirty sets and the filling of chunks, in the order of the
 //! driver's worker. One call is one step, so that the guest can run in between.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use ft_core::image::{EpochDigest, Trailer};
 use ft_core::primary::{Harvest, Step};
@@ -22,6 +22,7 @@ pub enum Job {
         first_index: u32,
         chunks: u32,
     },
+    Precopy,
     Harvest {
         frame: Frame,
         kind: EpochKind,
@@ -41,6 +42,7 @@ pub enum Done {
     RoundStarted { pages: u64 },
     RoundFilled { done: bool },
     Chunk(Chunk),
+    Precopied,
     Harvested(Harvest),
     Failed { step: Step, text: String },
 }
@@ -52,6 +54,8 @@ pub struct Tracking {
     /// Dirty pages that belong to no epoch yet, and those of the unacknowledged one.
     pending: DirtySet,
     inflight: DirtySet,
+    /// Copies of a running guest's pages, for the harvest that follows.
+    precopied: Copies,
     round: Cursor,
     open: Option<OpenEpoch>,
     /// The next job fails.
@@ -61,11 +65,18 @@ pub struct Tracking {
 /// A job that takes more than one step.
 #[derive(Debug)]
 enum Task {
-    Fill { frame: Frame, index: u32, left: u32 },
+    Fill {
+        frame: Frame,
+        index: u32,
+        left: u32,
+    },
+    /// So many pages of the round are copied while the guest runs.
+    Precopy,
     Copy,
 }
 
 type Cursor = VecDeque<(BlockId, u64)>;
+type Copies = HashMap<(BlockId, u64), Value>;
 
 /// An epoch between its harvest and its seal.
 #[derive(Debug)]
@@ -73,6 +84,7 @@ struct OpenEpoch {
     frame: Frame,
     kind: EpochKind,
     pages: Cursor,
+    precopied: Copies,
     /// Copied, and waiting for the device state to follow in the last chunk.
     rest: Vec<(BlockId, u64, Value)>,
     dirty_pages: u64,
@@ -90,6 +102,7 @@ impl Default for Tracking {
             task: None,
             pending: DirtySet::new(&BLOCK_PAGES),
             inflight: DirtySet::new(&BLOCK_PAGES),
+            precopied: Copies::new(),
             round: Cursor::new(),
             open: None,
             fail: false,
@@ -114,6 +127,7 @@ impl Tracking {
     pub fn step(&mut self, vm: &mut Vm) -> Option<Done> {
         match self.task.take() {
             Some(Task::Fill { frame, index, left }) => Some(self.fill(vm, frame, index, left)),
+            Some(Task::Precopy) => self.precopy(vm),
             Some(Task::Copy) => Some(self.copy(vm)),
             None => {
                 let job = self.jobs.pop_front()?;
@@ -127,6 +141,7 @@ impl Tracking {
             Job::ArmAll => {
                 self.pending.clear();
                 self.inflight.clear();
+                self.precopied.clear();
                 if let Some(failed) = self.fails(Step::Arm) {
                     return Some(failed);
                 }
@@ -139,6 +154,7 @@ impl Tracking {
                 first_index,
                 chunks,
             } => Some(self.fill(vm, frame, first_index, chunks)),
+            Job::Precopy => self.start_precopy(vm),
             Job::Harvest { frame, kind, audit } => Some(self.harvest(vm, frame, kind, audit)),
             Job::Seal { base, run_state } => Some(self.seal(vm, base, run_state)),
             Job::DropDirt => {
@@ -150,6 +166,7 @@ impl Tracking {
                     .merge(&self.inflight)
                     .expect("both sets are of the same RAM");
                 self.inflight.clear();
+                self.precopied.clear();
                 None
             }
         }
@@ -161,6 +178,7 @@ impl Tracking {
     }
 
     fn start_round(&mut self, vm: &mut Vm, all: bool) -> Done {
+        self.precopied.clear();
         let mut pages = DirtySet::new(&BLOCK_PAGES);
         if all {
             pages.set_all();
@@ -196,7 +214,7 @@ impl Tracking {
             index: index + 1,
             left: left - 1,
         });
-        let pages = gather(vm, &mut self.round);
+        let pages = gather(vm, &Copies::new(), &mut self.round);
         let kind = EpochKind::SyncRound;
         Done::Chunk(Chunk {
             frame,
@@ -206,6 +224,40 @@ impl Tracking {
             end: None,
             corrupt: false,
         })
+    }
+
+    fn start_precopy(&mut self, vm: &mut Vm) -> Option<Done> {
+        self.precopied.clear();
+        let dirty = vm.scan();
+        vm.arm(&dirty);
+        let merged = self.pending.merge(&dirty).map_err(|e| e.to_string());
+        let failed = self.fails(Step::Precopy);
+        if failed.is_some() || merged.is_err() {
+            self.pending.set_all();
+        }
+        if let Err(text) = merged {
+            let step = Step::Precopy;
+            return Some(Done::Failed { step, text });
+        }
+        if failed.is_some() {
+            return failed;
+        }
+        self.round = pages_of(&dirty);
+        self.precopy(vm)
+    }
+
+    /// A few pages at a time: the guest writes in between.
+    fn precopy(&mut self, vm: &Vm) -> Option<Done> {
+        let copied = gather(vm, &Copies::new(), &mut self.round);
+        if copied.is_empty() {
+            return Some(Done::Precopied);
+        }
+        let copies = copied
+            .into_iter()
+            .map(|(block, page, value)| ((block, page), value));
+        self.precopied.extend(copies);
+        self.task = Some(Task::Precopy);
+        None
     }
 
     fn harvest(&mut self, vm: &mut Vm, frame: Frame, kind: EpochKind, audited: bool) -> Done {
@@ -226,6 +278,10 @@ impl Tracking {
             "a harvest while another epoch's dirt is in flight"
         );
         self.pending.swap(&mut self.inflight);
+        let mut precopied = std::mem::take(&mut self.precopied);
+        for page in pages_of(&dirty) {
+            precopied.remove(&page);
+        }
         if let Some(failed) = self.fails(Step::Harvest) {
             return failed;
         }
@@ -233,6 +289,7 @@ impl Tracking {
             frame,
             kind,
             pages: pages_of(&self.inflight),
+            precopied,
             rest: Vec::new(),
             dirty_pages: self.inflight.count(),
             audit: audited.then(|| audit(&vm.ram)),
@@ -250,14 +307,15 @@ impl Tracking {
             unreachable!("a copy belongs to a harvest")
         };
         if open.pages.len() <= CHUNK_PAGES {
-            open.rest = gather(vm, &mut open.pages);
+            open.rest = gather(vm, &open.precopied, &mut open.pages);
             return Done::Harvested(Harvest {
                 dirty_pages: open.dirty_pages,
+                precopied_pages: open.precopied.len() as u64,
                 ..Harvest::default()
             });
         }
         self.task = Some(Task::Copy);
-        let pages = gather(vm, &mut open.pages);
+        let pages = gather(vm, &open.precopied, &mut open.pages);
         Done::Chunk(open.chunk(pages))
     }
 
@@ -312,9 +370,12 @@ fn pages_of(set: &DirtySet) -> Cursor {
         .collect()
 }
 
-fn gather(vm: &Vm, cursor: &mut Cursor) -> Vec<(BlockId, u64, Value)> {
+fn gather(vm: &Vm, copies: &Copies, cursor: &mut Cursor) -> Vec<(BlockId, u64, Value)> {
     let count = cursor.len().min(CHUNK_PAGES);
-    let value =
-        |(block, page): (BlockId, u64)| (block, page, vm.ram[usize::from(block.0)][page as usize]);
+    let value = |(block, page): (BlockId, u64)| {
+        let now = || vm.ram[usize::from(block.0)][page as usize];
+        let value = copies.get(&(block, page)).copied().unwrap_or_else(now);
+        (block, page, value)
+    };
     cursor.drain(..count).map(value).collect()
 }

@@ -173,6 +173,7 @@ impl World {
             max_unacked: micros(rng.range(20_000..=1_000_000)),
             audit_every: rng.pick(&[0, 0, 3, 10]),
             sync_chunks: rng.range(2..=16) as u32,
+            precopy_pages_min: rng.pick(&[None, Some(1), Some(10)]),
         };
         let backup_config = BackupConfig {
             vm_id,

@@ -180,6 +180,30 @@ impl<M: AsMut<[u8]>> ChunkBuilder<M> {
         })
     }
 
+    /// Lends every run of data pages, to be filled anew.
+    ///
+    /// # Panics
+    /// If there is anything else in the chunk than data pages and zeros.
+    pub fn for_each_data_run(&mut self, mut visit: impl FnMut(PageRun, &mut [u8])) {
+        let mut page = 0;
+        for index in 0..self.entries {
+            let entry = *self.entry(index);
+            if entry.kind == EntryKind::Zero as u8 {
+                continue;
+            }
+            assert_eq!(entry.kind, EntryKind::Data as u8, "a chunk of dirty pages");
+            let count = entry.count.get() as usize;
+            let block = BlockId(entry.block.get());
+            let run = PageRun {
+                block,
+                first: entry.at.get(),
+                count: count as u64,
+            };
+            visit(run, &mut self.memory.as_mut()[page_range(page, count)]);
+            page += count;
+        }
+    }
+
     /// Marks a run of pages as zeros. `false`: the chunk has no entry left, and nothing changed.
     ///
     /// Leaves the pages alone that are lent and not committed, and a slot for their entry.

@@ -30,6 +30,10 @@ pub struct PrimaryConfig {
     pub audit_every: u64,
     /// Chunks that a live round may have filled and not yet pushed.
     pub sync_chunks: u32,
+    /// When the last epoch had at least so many dirty pages, those of the next one are copied before
+    /// the pause, and in it only what was written since. `None` where a copy of a running guest's page
+    /// can't be relied on.
+    pub precopy_pages_min: Option<u64>,
 }
 
 /// What to do when the backup falls silent, which proves nothing about it.
@@ -55,6 +59,8 @@ pub enum Input<'a> {
     Saved {
         bytes: u64,
     },
+    /// Pages that were dirty are armed again and in chunks, as they were while the guest ran.
+    Precopied,
     /// Dirty pages are armed again and all of them are in chunks.
     Harvested(Harvest),
     GateMoved,
@@ -99,6 +105,8 @@ pub enum Input<'a> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Harvest {
     pub dirty_pages: u64,
+    /// Of those, the ones whose copy from before the pause was good.
+    pub precopied_pages: u64,
     /// Finding the dirty pages and arming them.
     pub scan: Duration,
     /// Copying them into chunks.
@@ -117,6 +125,7 @@ pub enum LinkDown {
 /// The steps of a boundary that can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
+    Precopy,
     Pause,
     Save,
     Harvest,
@@ -166,6 +175,10 @@ pub enum Action {
     DropProof,
     Send(Vec<u8>),
 
+    /// Copy what is dirty while the guest runs, for the harvest that follows. → [`Input::Precopied`]
+    Precopy {
+        epoch: Epoch,
+    },
     /// → [`Input::Paused`]
     PauseVm,
     /// → [`Input::Saved`]. Goes out in the same write as the pause.
@@ -316,6 +329,8 @@ pub struct EpochReport {
     /// `stop` submitted → reply to `cont`.
     pub pause: Duration,
     pub dirty_pages: u64,
+    /// Of those, the ones that were copied before the pause.
+    pub precopied_pages: u64,
     /// Bytes pushed.
     pub bytes: u64,
     /// Reply to `cont` → acknowledgement.

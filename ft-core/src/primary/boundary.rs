@@ -123,6 +123,7 @@ impl Primary {
             resumed: None,
             phases: Phases::default(),
             dirty_pages: 0,
+            precopied_pages: 0,
             bytes: 0,
             last_ready: false,
             last_pushed: false,
@@ -193,8 +194,10 @@ impl Primary {
 
     pub(super) fn on_harvested(&mut self, harvest: Harvest) {
         self.worker_jobs -= 1;
+        self.judge_precopy(&harvest);
         if let Some(inflight) = &mut self.inflight {
             inflight.dirty_pages = harvest.dirty_pages;
+            inflight.precopied_pages = harvest.precopied_pages;
         }
         if let Some(boundary) = &mut self.boundary {
             boundary.harvest = false;
@@ -295,6 +298,11 @@ impl Primary {
                 self.report(Report::Error(text));
                 return self.abandon_inflight();
             }
+            Step::Precopy => {
+                // All of RAM is dirty for the boundary that follows.
+                self.report(Report::Error(text));
+                return self.on_precopied();
+            }
             Step::Pause => {
                 self.commands.replied(Kind::Stop);
                 self.stopped_by_us = false;
@@ -336,7 +344,7 @@ impl Primary {
                     return self.end_boundary(true);
                 }
             }
-            Step::Seal | Step::Arm | Step::Round => {}
+            Step::Precopy | Step::Seal | Step::Arm | Step::Round => {}
         }
         self.abort_boundary(text);
     }
@@ -431,6 +439,7 @@ impl Primary {
 impl Step {
     fn name(self) -> &'static str {
         match self {
+            Step::Precopy => "copying before the pause",
             Step::Pause => "stop",
             Step::Save => "saving the device state",
             Step::Harvest => "harvesting dirty pages",

@@ -16,6 +16,7 @@ mod boundary;
 mod closing;
 mod commands;
 mod loss;
+mod precopy;
 mod push;
 mod session;
 mod sync;
@@ -31,6 +32,7 @@ use crate::wire::{self, Frame, Message};
 use boundary::Boundary;
 use closing::Closing;
 use commands::Commands;
+use precopy::Precopy;
 use push::{Inflight, PushQueue};
 use session::LinkState;
 use sync::Sync;
@@ -69,6 +71,7 @@ pub struct Primary {
     output_waiting: bool,
     /// In a row.
     idle_epochs: u32,
+    precopy: Precopy,
 
     boundary: Option<Boundary>,
     inflight: Option<Inflight>,
@@ -128,6 +131,7 @@ impl Primary {
             resumed_at: now,
             output_waiting: false,
             idle_epochs: 0,
+            precopy: Precopy::default(),
             boundary: None,
             inflight: None,
             sync: None,
@@ -165,6 +169,7 @@ impl Primary {
             Input::Message(bytes) => self.on_bytes(bytes),
             Input::Paused => self.on_paused(),
             Input::Saved { bytes } => self.on_saved(bytes),
+            Input::Precopied => self.on_precopied(),
             Input::Harvested(harvest) => self.on_harvested(harvest),
             Input::GateMoved => self.on_gate_moved(),
             Input::Resumed => self.on_resumed(),
@@ -243,7 +248,11 @@ impl Primary {
         self.advance_sync();
         self.resume_if_free();
         // After the end nobody would resume the guest that a boundary has paused.
-        if !self.finished && self.boundary_possible() && self.now >= self.next_boundary {
+        if !self.finished
+            && self.boundary_possible()
+            && self.now >= self.next_boundary
+            && !self.start_precopy()
+        {
             self.start_boundary();
         }
     }

@@ -69,6 +69,20 @@ proptest! {
     }
 
     #[test]
+    fn sets_are_combined_page_by_page(left in runs(), right in runs()) {
+        let ((set, left), (other, right)) = (both(&left), both(&right));
+        let mut removed = set.clone();
+        removed.remove(&other);
+        prop_assert_eq!(pages_of(&removed), &left - &right);
+        let mut common = set.clone();
+        common.intersect(&other);
+        prop_assert_eq!(pages_of(&common), &left & &right);
+        let mut copy = set;
+        copy.copy_from(&other);
+        prop_assert_eq!(copy, other);
+    }
+
+    #[test]
     fn merge_is_union(left in runs(), right in runs()) {
         let ((mut set, pages), (other, more)) = (both(&left), both(&right));
         set.merge(&other).unwrap();

@@ -157,6 +157,32 @@ fn a_zero_run_leaves_lent_pages_and_their_entry_alone() {
 }
 
 #[test]
+fn data_pages_can_be_filled_anew() {
+    let mut memory = vec![0; CHUNK_BYTES];
+    let mut builder = ChunkBuilder::new(&mut memory, head(EpochKind::Delta));
+    builder.next_pages(3).unwrap().fill(7);
+    builder.commit_data_run(BlockId(1), 4, 3);
+    assert!(builder.push_zero(run(0, 10, 2)));
+    builder.next_pages(2).unwrap().fill(8);
+    builder.commit_data_run(BlockId(0), 20, 2);
+    let mut seen = Vec::new();
+    builder.for_each_data_run(|run, bytes| {
+        seen.push((run, bytes.len() / PAGE_BYTES, bytes[0]));
+        bytes[PAGE_BYTES..2 * PAGE_BYTES].fill(9);
+    });
+    assert_eq!(seen, [(run(1, 4, 3), 3, 7), (run(0, 20, 2), 2, 8)]);
+    builder.seal(false);
+    check(&memory).unwrap();
+    let mut firsts = Vec::new();
+    for piece in entries(&memory) {
+        if let Piece::Data { bytes, .. } = piece {
+            firsts.extend(bytes.chunks(PAGE_BYTES).map(|page| page[0]));
+        }
+    }
+    assert_eq!(firsts, [7, 9, 7, 8, 9]);
+}
+
+#[test]
 fn the_builder_allocates_nothing() {
     let mut memory = vec![0; CHUNK_BYTES];
     let trailer = trailer();

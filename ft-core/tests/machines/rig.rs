@@ -37,6 +37,7 @@ pub(crate) struct PrimaryRig {
     pub(crate) seal_hangs: bool,
     /// Of every harvest.
     pub(crate) dirty_pages: u64,
+    pub(crate) precopied_pages: u64,
     kind: EpochKind,
     image: Option<Image>,
 }
@@ -80,6 +81,7 @@ pub(crate) fn primary_config() -> PrimaryConfig {
         max_unacked: MAX_UNACKED,
         audit_every: 0,
         sync_chunks: 4,
+        precopy_pages_min: None,
     }
 }
 
@@ -109,6 +111,7 @@ impl PrimaryRig {
             fails: None,
             seal_hangs: false,
             dirty_pages: 0,
+            precopied_pages: 0,
             kind: EpochKind::Delta,
             image: None,
         }
@@ -141,11 +144,14 @@ impl PrimaryRig {
                 }
                 Action::SaveDevices if self.failing(Step::Save) => {}
                 Action::SaveDevices => self.answers.push_back(Input::Saved { bytes: 10 }),
+                Action::Precopy { .. } if self.failing(Step::Precopy) => {}
+                Action::Precopy { .. } => self.answers.push_back(Input::Precopied),
                 Action::Harvest { kind, .. } => {
                     self.kind = *kind;
                     if !self.failing(Step::Harvest) {
                         self.answers.push_back(Input::Harvested(primary::Harvest {
                             dirty_pages: self.dirty_pages,
+                            precopied_pages: self.precopied_pages,
                             ..Default::default()
                         }));
                     }

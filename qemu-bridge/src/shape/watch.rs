@@ -28,6 +28,7 @@ pub enum Finding {
 pub struct ShapeWatch {
     /// Name and value of everything that is watched, by question.
     baseline: Vec<Facts>,
+    direct_io: bool,
     pending: BTreeMap<RequestId, Question>,
 }
 
@@ -40,16 +41,18 @@ enum Question {
     Network,
     Blocks,
     Blockers,
+    BlockNodes,
     RunState,
 }
 
 /// The board's own devices, the third folder, stay as they are: what is plugged goes into the others.
-const QUESTIONS: [Question; 6] = [
+const QUESTIONS: [Question; 7] = [
     Question::Devices(0),
     Question::Devices(1),
     Question::Network,
     Question::Blocks,
     Question::Blockers,
+    Question::BlockNodes,
     Question::RunState,
 ];
 
@@ -72,7 +75,10 @@ impl ShapeWatch {
                 .ok_or(ShapeError::Answer(question.name()))
         });
         let baseline = facts.collect::<Result<Vec<_>, _>>()?;
+        let nodes = QUESTIONS.iter().position(|q| *q == Question::BlockNodes);
+        let nodes = nodes.and_then(|at| replies[at].as_ref().ok());
         Ok(ShapeWatch {
+            direct_io: nodes.is_none_or(uses_direct_io),
             baseline,
             pending: BTreeMap::new(),
         })
@@ -88,6 +94,12 @@ impl ShapeWatch {
             self.pending = ids.into_iter().zip(QUESTIONS).collect();
         }
         Ok(())
+    }
+
+    /// Whether a disk's data may come into RAM past the page cache, as of the last look: then a page
+    /// can change after it was found written, without being found again.
+    pub fn direct_io(&self) -> bool {
+        self.direct_io
     }
 
     /// Whether the answers to the last [`Self::ask`] have all come.
@@ -106,6 +118,10 @@ impl ShapeWatch {
         if question == Question::RunState {
             let status = result.as_ref().ok()?["status"].as_str()?;
             return Some(Finding::RunState(status.to_owned()));
+        }
+        if question == Question::BlockNodes {
+            self.direct_io = result.as_ref().map_or(true, uses_direct_io);
+            return None;
         }
         let what = match facts_of(question, result) {
             Ok(facts) => {
@@ -136,6 +152,7 @@ impl Question {
             Question::Network => Command::human("info network"),
             Question::Blocks => Command::human("info ramblock"),
             Question::Blockers => Command::new("query-migrate"),
+            Question::BlockNodes => Command::new("query-named-block-nodes").arg("flat", true),
             Question::RunState => Command::new("query-status"),
         }
     }
@@ -146,6 +163,7 @@ impl Question {
             Question::Network => "info network",
             Question::Blocks => "info ramblock",
             Question::Blockers => "query-migrate",
+            Question::BlockNodes => "query-named-block-nodes",
             Question::RunState => "query-status",
         }
     }
@@ -186,9 +204,17 @@ impl Question {
                     )
                 })
                 .collect(),
-            Question::RunState => Facts::new(),
+            Question::BlockNodes | Question::RunState => Facts::new(),
         })
     }
+}
+
+/// From an answer to `query-named-block-nodes`.
+fn uses_direct_io(nodes: &Value) -> bool {
+    let is_cached = |node: &Value| node["cache"]["direct"] == false;
+    !nodes
+        .as_array()
+        .is_some_and(|nodes| nodes.iter().all(is_cached))
 }
 
 /// Why QEMU would not migrate, from an answer to `query-migrate`.

@@ -58,6 +58,12 @@ pub trait Tracker: Send + std::fmt::Debug {
         self.collect(ram, into)
     }
 
+    /// Whether [`Tracker::collect_live`] arms what it reports, so that a copy that is made afterwards is
+    /// good until the page is reported again (unless a disk's data comes past the page cache).
+    fn arms_live(&self) -> bool {
+        false
+    }
+
     /// The pages that a write to this one may report.
     fn reported_with(&self, block: BlockId, page: u64) -> PageRun {
         PageRun {

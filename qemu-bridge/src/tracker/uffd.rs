@@ -147,6 +147,10 @@ impl Tracker for UffdTracker {
         Ok(collected)
     }
 
+    fn arms_live(&self) -> bool {
+        true
+    }
+
     fn touch(&mut self, ram: &GuestRam, block: BlockId, page: u64) -> Result<(), TrackerError> {
         Ok(ram.rewrite(block, page)?)
     }

@@ -48,6 +48,10 @@ impl EpochImage {
         }
     }
 
+    pub(super) fn is_of(&self, frame: Frame, kind: EpochKind) -> bool {
+        (self.frame, self.kind) == (frame, kind)
+    }
+
     /// An image of the same epoch with nothing in it.
     pub(super) fn anew(&self) -> EpochImage {
         EpochImage::new(self.frame, self.kind)

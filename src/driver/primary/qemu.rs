@@ -130,6 +130,11 @@ impl Qemu {
         self.qmp.wants_write()
     }
 
+    /// A page may change after it was found written, without being found again while the guest runs.
+    pub(super) fn has_direct_io(&self) -> bool {
+        self.watch.direct_io()
+    }
+
     pub(super) fn saved_bytes(&self) -> u64 {
         self.saved_bytes
     }

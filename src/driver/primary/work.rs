@@ -19,6 +19,8 @@ use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::tracker::{Tracker, TrackerError};
 use transport::{Arena, Chunk, ChunkMut};
 
+mod precopy;
+
 use super::image::{Ending, EpochImage, room_for_end};
 use super::packing::{Deltas, Packer, Sink};
 
@@ -36,6 +38,11 @@ pub(crate) enum Job {
         frame: Frame,
         first_index: u32,
         chunks: u32,
+    },
+    /// Before the harvest of this epoch, while the guest runs.
+    Precopy {
+        frame: Frame,
+        pack: bool,
     },
     Harvest {
         frame: Frame,
@@ -70,6 +77,7 @@ pub(crate) enum Done {
         last: bool,
         chunk: Chunk,
     },
+    Precopied,
     Harvested(Harvest),
     Failed {
         step: Step,
@@ -77,9 +85,11 @@ pub(crate) enum Done {
     },
 }
 
-/// An epoch between its harvest and its seal.
+/// An epoch until its seal.
 struct OpenEpoch {
     image: EpochImage,
+    /// The link was one that may be worth packing for.
+    pack: bool,
     /// Full, and not summed up yet: of a short harvest that is left for when the guest runs again.
     full: Vec<ChunkBuilder<ChunkMut>>,
     builder: ChunkBuilder<ChunkMut>,
@@ -105,6 +115,12 @@ pub(crate) struct PrimaryWorker {
     pending: DirtySet,
     /// Dirty pages of the epoch that is not acknowledged yet.
     inflight: DirtySet,
+    /// Pages in the open epoch's chunks that were copied before the pause.
+    precopied: DirtySet,
+    /// Found by the last collection; then those of them that have to be copied again.
+    fresh: DirtySet,
+    /// What is still to be copied apart from those.
+    rest: DirtySet,
     /// What the round or the epoch still has to copy.
     cursor: Cursor,
     /// Chunks that recent epochs took.
@@ -140,6 +156,9 @@ impl PrimaryWorker {
         PrimaryWorker {
             pending: DirtySet::new(&pages),
             inflight: DirtySet::new(&pages),
+            precopied: DirtySet::new(&pages),
+            fresh: DirtySet::new(&pages),
+            rest: DirtySet::new(&pages),
             ram,
             tracker,
             arena,
@@ -181,6 +200,13 @@ impl PrimaryWorker {
                 report(done);
                 Ok(None)
             }
+            Job::Precopy { frame, pack } => self
+                .precopy(frame, pack)
+                .map(|()| {
+                    report(Done::Precopied);
+                    None
+                })
+                .map_err(|text| (Step::Precopy, text)),
             Job::Harvest {
                 frame,
                 kind,
@@ -214,7 +240,7 @@ impl PrimaryWorker {
                 Ok(None)
             }
             Job::MergeDirt => {
-                self.open = None;
+                self.drop_open();
                 self.packer.given_up(&self.inflight);
                 self.pending
                     .merge(&self.inflight)
@@ -239,6 +265,7 @@ impl PrimaryWorker {
 
     fn arm_all(&mut self) -> Done {
         self.packer.forget();
+        self.drop_open();
         self.pending.clear();
         self.inflight.clear();
         match self.tracker.arm_all(&self.ram) {
@@ -248,6 +275,8 @@ impl PrimaryWorker {
     }
 
     fn start_round(&mut self, all: bool) -> Done {
+        // What a round collects isn't reported to the harvest that these were copied for.
+        self.drop_open();
         self.inflight.clear();
         if all {
             self.inflight.set_all();
@@ -312,27 +341,56 @@ impl PrimaryWorker {
         audit: bool,
         pack: bool,
     ) -> Result<OpenEpoch, String> {
-        self.open = None;
+        let begun = self.open.take();
+        let begun = begun.filter(|open| open.image.is_of(frame, kind) && open.pack == pack);
+        if begun.is_none() {
+            self.precopied.clear();
+        }
         let began = Instant::now();
         self.take_dirt(kind).map_err(|error| describe(&error))?;
         let scan = began.elapsed();
+        let open = match begun {
+            Some(open) => open,
+            None => self.new_epoch(frame, kind, pack)?,
+        };
+        Ok(OpenEpoch {
+            audit,
+            began,
+            scan,
+            ..open
+        })
+    }
+
+    fn new_epoch(
+        &mut self,
+        frame: Frame,
+        kind: EpochKind,
+        pack: bool,
+    ) -> Result<OpenEpoch, String> {
         let mut image = EpochImage::new(frame, kind);
         let builder = image.begin(self.alloc()?);
         Ok(OpenEpoch {
             image,
+            pack,
             full: std::mem::take(&mut self.spare),
             builder,
             packed: kind == EpochKind::Delta && self.packer.packs(pack),
             packed_state: self.packer.packs_state(pack),
-            audit,
+            audit: false,
             digest: None,
-            began,
-            scan,
+            began: Instant::now(),
+            scan: Duration::ZERO,
         })
     }
 
-    /// Copies dirty pages. The last chunk stays open for the device state. With a budget, also the
-    /// others stay open; without one they are pushed while the next one is filled.
+    fn drop_open(&mut self) {
+        self.open = None;
+        self.precopied.clear();
+    }
+
+    /// Copies dirty pages, if that fills no more than `budget` chunks. The last chunk stays open for the
+    /// device state. With a budget, also the others stay open; without one they are pushed while the
+    /// next one is filled.
     fn copy(
         &mut self,
         mut open: OpenEpoch,
@@ -340,16 +398,18 @@ impl PrimaryWorker {
         report: &mut dyn FnMut(Done),
     ) -> Result<Option<Job>, String> {
         let describe = |error| describe(&error);
+        let again = self.fresh.count();
+        if self.rest.count() + again > budget.saturating_mul(DATA_PAGES_MAX) as u64 {
+            self.open = Some(open);
+            return Ok(Some(Job::CopyRest));
+        }
+        self.copy_again(&mut open)?;
         while fill(&self.ram, &mut open.builder, &mut self.cursor).map_err(describe)?
             == Progress::Full
         {
-            let next = open.image.begin(self.alloc()?);
-            open.full.push(std::mem::replace(&mut open.builder, next));
+            open.next_chunk(self.alloc()?);
             if budget == usize::MAX && !open.packed {
                 open.seal_full(report);
-            } else if open.full.len() == budget {
-                self.open = Some(open);
-                return Ok(Some(Job::CopyRest));
             }
         }
         if open.audit {
@@ -358,6 +418,7 @@ impl PrimaryWorker {
         }
         report(Done::Harvested(Harvest {
             dirty_pages: self.inflight.count(),
+            precopied_pages: self.precopied.count() - again,
             scan: open.scan,
             copy: open.began.elapsed().saturating_sub(open.scan),
         }));
@@ -444,20 +505,38 @@ impl PrimaryWorker {
         Ok(())
     }
 
-    /// Moves what is dirty into the epoch. When a tracker fails it may have armed pages that
-    /// it did not report, so all of RAM goes into the next epoch.
+    /// Moves what is dirty into the epoch.
     fn take_dirt(&mut self, kind: EpochKind) -> Result<(), TrackerError> {
-        if let Err(error) = self.tracker.collect(&self.ram, &mut self.pending) {
-            self.pending.set_all();
-            return Err(error);
-        }
+        self.collect(false)?;
         let full = kind == EpochKind::Full;
         if full {
             self.pending.set_all();
         }
         self.inflight.clear();
         self.inflight.swap(&mut self.pending);
-        self.cursor.load(&self.inflight, full);
+        self.fresh.intersect(&self.precopied);
+        self.rest.copy_from(&self.inflight);
+        self.rest.remove(&self.precopied);
+        self.cursor.load(&self.rest, full);
+        Ok(())
+    }
+
+    /// Finds what was written and arms it. When a tracker fails it may have armed pages that it did not
+    /// report, so all of RAM goes into the next epoch.
+    fn collect(&mut self, guest_runs: bool) -> Result<(), TrackerError> {
+        self.fresh.clear();
+        let collected = match guest_runs {
+            true => self.tracker.collect_live(&self.ram, &mut self.fresh),
+            false => self.tracker.collect(&self.ram, &mut self.fresh),
+        };
+        if let Err(error) = collected {
+            self.pending.set_all();
+            self.precopied.clear();
+            return Err(error);
+        }
+        self.pending
+            .merge(&self.fresh)
+            .expect("both sets are of the same RAM");
         Ok(())
     }
 
@@ -496,6 +575,11 @@ impl Sink for PackedImage<'_> {
 }
 
 impl OpenEpoch {
+    fn next_chunk(&mut self, memory: ChunkMut) {
+        let next = self.image.begin(memory);
+        self.full.push(std::mem::replace(&mut self.builder, next));
+    }
+
     fn seal_full(&mut self, report: &mut dyn FnMut(Done)) {
         for builder in self.full.drain(..) {
             report(self.image.seal(builder));
