@@ -120,6 +120,7 @@ impl Primary {
             audit,
             run_state,
             boundary_at: self.now,
+            ran: self.now.since(self.resumed_at),
             resumed: None,
             phases: Phases::default(),
             dirty_pages: 0,
@@ -268,6 +269,9 @@ impl Primary {
         let Some(boundary) = self.boundary.take() else {
             return;
         };
+        if self.inflight.is_none() {
+            return; // given up with the backup, while the guest was told to go on
+        }
         self.failures = 0;
         self.resumed_at = self.now;
         if resumed && let Some(inflight) = &mut self.inflight {
@@ -391,14 +395,9 @@ impl Primary {
     }
 
     /// A guest that has done next to nothing for a while, and says nothing, has longer epochs.
-    pub(super) fn rest_if_idle(&mut self, dirty_pages: u64, boundary_at: Micros) {
+    pub(super) fn rest_if_idle(&mut self, dirty_pages: u64, ran: Duration, boundary_at: Micros) {
         // In a longer epoch it may write as much more, or each one of those would end its rest.
-        let usual_epochs = match self.idle_epochs >= IDLE_EPOCHS {
-            true => {
-                self.config.epoch_idle.as_micros() / self.config.epoch_interval.as_micros().max(1)
-            }
-            false => 1,
-        };
+        let usual_epochs = ran.as_micros() / self.config.epoch_interval.as_micros().max(1);
         let quiet = u128::from(dirty_pages) <= u128::from(IDLE_PAGES_MAX) * usual_epochs.max(1);
         let idle = quiet && !self.output_waiting && self.failures == 0;
         self.idle_epochs = if idle {
@@ -432,6 +431,10 @@ impl Primary {
         } else {
             // No acknowledgement will come that lets a guest go on, and none takes another boundary.
             self.set_throttled(false);
+            if self.switchover_wanted() {
+                // The epoch before is not what the guest was switched over with: it goes on to another one.
+                self.hold.fenced = false;
+            }
         }
     }
 }

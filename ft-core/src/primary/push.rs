@@ -19,6 +19,8 @@ pub(super) struct Inflight {
     pub(super) audit: bool,
     pub(super) run_state: RunState,
     pub(super) boundary_at: Micros,
+    /// How long the guest had run.
+    pub(super) ran: Duration,
     /// When `cont` returned, and how long the guest had stood still.
     pub(super) resumed: Option<(Micros, Duration)>,
     pub(super) phases: Phases,
@@ -185,11 +187,11 @@ impl Primary {
             commit: acknowledged.since(resumed_at),
             phases: inflight.phases,
         };
-        let boundary_at = inflight.boundary_at;
+        let (ran, boundary_at) = (inflight.ran, inflight.boundary_at);
         self.report(Report::Epoch(report));
         self.inflight = None;
         if report.kind == EpochKind::Delta {
-            self.rest_if_idle(report.dirty_pages, boundary_at);
+            self.rest_if_idle(report.dirty_pages, ran, boundary_at);
         }
     }
 

@@ -467,6 +467,22 @@ fn switchover() {
 }
 
 #[test]
+fn a_switchover_takes_another_epoch_if_its_last_one_fails() {
+    let mut pair = Pair::protected();
+    let before = pair.backup.machine.status().last_flipped;
+    pair.primary.fails = Some(Step::Seal);
+    pair.primary
+        .machine
+        .handle(pair.now, Input::Command(Command::Switchover));
+    pair.pass(3 * EPOCH);
+    assert!(pair.primary.fails.is_none());
+    assert_eq!(
+        pair.backup.activated(),
+        Some((before.next(), RunState::Running))
+    );
+}
+
+#[test]
 fn audit_finds_a_difference() {
     let mut pair = Pair::protected();
     pair.backup.audit_differs = true;

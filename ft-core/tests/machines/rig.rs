@@ -156,7 +156,7 @@ impl PrimaryRig {
                         }));
                     }
                 }
-                Action::Seal { .. } if self.seal_hangs => {}
+                Action::Seal { .. } if self.seal_hangs || self.failing(Step::Seal) => {}
                 Action::Seal {
                     base, run_state, ..
                 } => {
