@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::cmsg_space;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -163,10 +163,7 @@ const BOUNDARY_REPLIES: u32 = PAUSED_REPLIES + 2;
 
 impl Floors {
     fn new() -> Result<Floors> {
-        let memfd =
-            nix::sys::memfd::memfd_create(c"floor", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
-        let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
-        let sink = File::options().write(true).open(path)?;
+        let sink = state_sink()?;
         let (client, theirs) = UnixStream::pair()?;
         std::thread::Builder::new()
             .name("floor".into())
@@ -269,7 +266,9 @@ impl Relay {
                     send(&qemu, &line, &[])?;
                 }
             }
-            self.start_floor(unanswered, &qemu)?;
+            if waiting.is_empty() {
+                self.start_floor(unanswered, &qemu)?;
+            }
             let ours = self.floors.as_ref().is_some_and(|f| f.stage != Stage::Idle);
             while !ours && let Some((line, descriptors)) = waiting.pop_front() {
                 let command: Value = serde_json::from_slice(&line).unwrap_or_default();
@@ -374,6 +373,10 @@ impl Relay {
             return Ok(true);
         }
         // None of the daemon's commands is under way: the reply is to one of ours.
+        ensure!(
+            message.get("return").is_some(),
+            "QEMU refused a command of the floor: {message}"
+        );
         match floors.stage {
             Stage::Adding(2..) => floors.stage = Stage::Adding(1),
             Stage::Adding(_) => floors.begin()?,
@@ -476,7 +479,14 @@ impl Lines {
     }
 }
 
-fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[OwnedFd]) -> Result<()> {
+/// For a device state, as the daemon has one: QEMU wants it to be open for writing only.
+pub(crate) fn state_sink() -> Result<File> {
+    let memfd = nix::sys::memfd::memfd_create(c"floor", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+    let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
+    Ok(File::options().write(true).open(path)?)
+}
+
+pub(crate) fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[OwnedFd]) -> Result<()> {
     let mut sent = 0;
     if !descriptors.is_empty() {
         let fds: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();

@@ -171,7 +171,7 @@ fn latency(hosts: &mut Hosts, place: &Workplace, seconds: Duration) -> Result<Va
     };
     let (unprotected, clock_unprotected) = measure(hosts, "unprotected")?;
     let traffic = Traffic::start(&outside, place.path().join("floor"), 1, 0)?;
-    let floors = floors_us(hosts.qmp(), place.path())?;
+    let floors = floors_us(hosts.qmp())?;
     traffic.end()?;
 
     hosts.protect(&[PATIENT, ["--gate", "off"]].concat())?;

@@ -1,14 +1,13 @@
 //! What a request costs without and with protection, and what that is compared with: a boundary of
 //! QEMU alone, and the way of the same bytes from host to host and back.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::GUEST;
@@ -17,6 +16,7 @@ use super::hosts::NETDEV;
 use super::log::Record;
 use super::network::{Host, Network, inside};
 use super::redis::Redis;
+use crate::proxy::{send, state_sink};
 
 const BOUNDARIES: u32 = 200;
 /// Between two of them the guest works.
@@ -45,7 +45,7 @@ pub fn requests_us(logs: &[Vec<Record>]) -> Vec<u64> {
 ///
 /// # Errors
 /// QEMU refuses.
-pub fn floors_us(qmp: &Path, dir: &Path) -> Result<Vec<u64>> {
+pub fn floors_us(qmp: &Path) -> Result<Vec<u64>> {
     let stream =
         UnixStream::connect(qmp).with_context(|| format!("connecting to {}", qmp.display()))?;
     let mut monitor = Monitor {
@@ -57,8 +57,17 @@ pub fn floors_us(qmp: &Path, dir: &Path) -> Result<Vec<u64>> {
         r#"{{"execute":"object-add","arguments":{{"qom-type":"filter-buffer","id":"flr0","netdev":"{NETDEV}","queue":"rx","interval":4000000000,"status":"off"}}}}"#
     );
     monitor.run(&[add])?;
-    let sink = dir.join("floor.state");
-    File::create(&sink)?;
+    let mut sink = state_sink()?;
+    let add = r#"{"execute":"add-fd","arguments":{"fdset-id":9}}"#;
+    send(
+        monitor.reader.get_ref(),
+        add.as_bytes(),
+        &[sink.try_clone()?.into()],
+    )?;
+    ensure!(
+        monitor.line()?.get("return").is_some(),
+        "QEMU takes no sink"
+    );
     let gate = |status: &str| {
         format!(
             r#"{{"execute":"qom-set","arguments":{{"path":"flr0","property":"status","value":"{status}"}}}}"#
@@ -67,14 +76,13 @@ pub fn floors_us(qmp: &Path, dir: &Path) -> Result<Vec<u64>> {
     let boundary = [
         gate("on"),
         r#"{"execute":"stop"}"#.to_owned(),
-        format!(
-            r#"{{"execute":"xen-save-devices-state","arguments":{{"filename":"{}","live":false}}}}"#,
-            sink.display()
-        ),
+        r#"{"execute":"xen-save-devices-state","arguments":{"filename":"/dev/fdset/9","live":false}}"#
+            .to_owned(),
     ];
     let mut floors_us = Vec::new();
     for _ in 0..BOUNDARIES {
         std::thread::sleep(BOUNDARY_EVERY);
+        sink.rewind()?;
         let began = Instant::now();
         monitor.run(&boundary)?;
         monitor.run(&[r#"{"execute":"cont"}"#.to_owned()])?;

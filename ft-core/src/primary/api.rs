@@ -196,7 +196,7 @@ pub enum Action {
         base: Epoch,
         run_state: RunState,
     },
-    /// Move the output of the running epoch to the second stage. → [`Input::GateMoved`]
+    /// Keep what the guest sends from now on apart from what is held. → [`Input::GateMoved`]
     MoveGate,
     /// → [`Input::Resumed`]
     ResumeVm,

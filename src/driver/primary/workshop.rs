@@ -14,7 +14,7 @@ use crate::driver::worker::Worker;
 
 /// Chunks that the driver fills at most, a few milliseconds of work: heartbeats wait meanwhile.
 const SHORT_CHUNKS: usize = 8;
-/// Pages that the driver packs at most: QEMU's reply to `cont` waits meanwhile.
+/// Pages that the driver packs at most: what else comes waits meanwhile.
 const SHORT_PACKED_PAGES: u64 = 64;
 /// That may wait for the driver: a harvest ends with many at once.
 const RESULTS: usize = 4096;
