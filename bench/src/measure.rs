@@ -28,6 +28,8 @@ pub struct Epoch {
     /// From `cont`'s reply to the acknowledgement.
     pub commit_us: u64,
     pub dirty_pages: u64,
+    /// Of those, the ones that were copied before the pause.
+    pub precopied_pages: u64,
     pub bytes: u64,
 }
 
@@ -115,6 +117,7 @@ pub fn epochs(primary: &[Value], backup: &[Value], counts: impl Fn(u64) -> bool)
             ship_us: flip.map(|at| at.saturating_sub(acked_us - commit_us)),
             commit_us,
             dirty_pages: number("dirty_pages")?,
+            precopied_pages: number("precopied_pages")?,
             bytes: number("bytes")?,
         })
     };

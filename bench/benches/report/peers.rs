@@ -40,16 +40,15 @@ struct Seen {
 pub(crate) fn measure(options: &Options) -> Result<Group> {
     let epochs = options.pick(15, 100);
     let guest = options.guest()?;
-    let setup = options.setup(guest.clone(), &[]);
-    let ours = boundaries(&setup, Duration::from_secs(options.pick(6, 30)))?;
     let seen = [
-        Seen {
-            name: "curling_rdma",
-            label: "curling-rdma",
-            pause: Latency::of_us(&ours.pauses_us),
-            epoch: Latency::of_us(&ours.of(|e| e.pause_us + e.commit_us)),
-            bytes: ours.of(|e| e.bytes),
-        },
+        ours(options, &guest, "ours", "curling-rdma", "auto")?,
+        ours(
+            options,
+            &guest,
+            "ours_ungated",
+            "curling-rdma --gate off",
+            "off",
+        )?,
         migrate(&guest, epochs, false)?,
         migrate(&guest, epochs, true)?,
     ];
@@ -58,6 +57,24 @@ pub(crate) fn measure(options: &Options) -> Result<Group> {
         eprintln!("report: COLO's first checkpoint was not seen: {error:#}");
     }
     Ok(report(&seen, colo.ok()))
+}
+
+fn ours(
+    options: &Options,
+    guest: &Guest,
+    name: &'static str,
+    label: &'static str,
+    gate: &str,
+) -> Result<Seen> {
+    let setup = options.setup(guest.clone(), &["--gate", gate]);
+    let seen = boundaries(&setup, Duration::from_secs(options.pick(6, 30)))?;
+    Ok(Seen {
+        name,
+        label,
+        pause: Latency::of_us(&seen.pauses_us),
+        epoch: Latency::of_us(&seen.of(|e| e.pause_us + e.commit_us)),
+        bytes: seen.of(|e| e.bytes),
+    })
 }
 
 /// Curling's own way on an unmodified QEMU: the guest's state is migrated away in each epoch, and
@@ -298,7 +315,10 @@ fn pauses(seen: &[Seen], colo_ms: f64, measured: bool) -> Figure {
             "The same guest of 256 MiB, writing 900 pages in 20 ms. One migrate per epoch sends all of RAM each time \
              ({} MiB); with x-ignore-shared none of it, so that it is no copy yet. COLO's figure is {how}; on six \
              earlier runs it was {} to {} ms, and none got past the second checkpoint.",
-            number(quantile(&seen[1].bytes, 50) as f64 / f64::from(1 << 20)),
+            number(
+                quantile(&peers(seen).next().expect("migrate").bytes, 50) as f64
+                    / f64::from(1 << 20)
+            ),
             COLO_RECORDED_MS.0,
             COLO_RECORDED_MS.1
         ),
@@ -306,17 +326,22 @@ fn pauses(seen: &[Seen], colo_ms: f64, measured: bool) -> Figure {
     }
 }
 
+/// What isn't ours.
+fn peers(seen: &[Seen]) -> impl Iterator<Item = &Seen> {
+    seen.iter().filter(|one| one.name.starts_with("migrate"))
+}
+
 fn ratios(seen: &[Seen], colo_ms: f64) -> Vec<Ratio> {
-    let ours = seen[0].pause.p50_us();
-    let mut ratios: Vec<_> = seen[1..]
-        .iter()
-        .map(|one| Ratio {
-            name: format!("{}_pause_vs_ours", one.name),
-            value: one.pause.p50_us() / ours,
+    let mut ratios = Vec::new();
+    for ours in seen.iter().filter(|one| one.name.starts_with("ours")) {
+        ratios.extend(peers(seen).map(|one| Ratio {
+            name: format!("{}_pause_vs_{}", one.name, ours.name),
+            value: one.pause.p50_us() / ours.pause.p50_us(),
             bound: Bound::AtLeast(1.0),
-            meaning: format!("pause of an epoch, {} / ours, medians", one.label),
-        })
-        .collect();
+            meaning: format!("pause of an epoch, {} / {}, medians", one.label, ours.label),
+        }));
+    }
+    let ours = seen[0].pause.p50_us();
     ratios.push(Ratio {
         name: "colo_first_checkpoint_vs_our_pause".into(),
         value: colo_ms * 1e3 / ours,
