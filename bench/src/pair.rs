@@ -12,7 +12,7 @@ use crate::daemon::Daemon;
 use crate::guest::{Guest, Work};
 use crate::memory::{Copy, Memory};
 use crate::process::{Process, free_port};
-use crate::proxy::{Hook, Proxy};
+use crate::proxy::{Floor, Hook, Proxy};
 use crate::qmp::Qmp;
 use crate::relay::{Relay, Watcher};
 
@@ -81,7 +81,7 @@ pub struct Setup {
     pub guest: Guest,
     pub watch: Watch,
     /// Measure QEMU's own boundaries as well.
-    pub floors: bool,
+    pub floors: Option<Floor>,
     /// More options of the primary's daemon.
     pub options: Vec<String>,
 }
@@ -128,7 +128,7 @@ impl Pair {
             &page,
         );
         let standby_socket = dir.join("standby.proxy");
-        let standby_proxy = Proxy::start(&standby_socket, &dir.join("standby.qmp"), false, hook)?;
+        let standby_proxy = Proxy::start(&standby_socket, &dir.join("standby.qmp"), None, hook)?;
 
         let peer = format!("127.0.0.1:{backup_port}");
         let front = relay.as_ref().map_or(backup_port, |relay| relay.port);

@@ -23,11 +23,20 @@ use serde_json::{Value, json};
 
 /// Of every so many boundaries one is followed by the same commands without a harvest.
 const FLOOR_EVERY: u64 = 3;
-/// Of the guests that floors are measured with.
+/// Of the guests whose floors move a gate.
 const NETDEV: &str = "n0";
 
 /// Called with a command's name before QEMU gets it.
 pub type Hook = Box<dyn FnMut(&str) + Send>;
+
+/// Which commands a boundary of our own has: those of the daemon's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Floor {
+    /// Pause, save, and go on.
+    Plain,
+    /// A gate as well.
+    Gated,
+}
 
 /// What the proxy has seen.
 #[derive(Debug, Default)]
@@ -70,7 +79,7 @@ impl Proxy {
     ///
     /// # Errors
     /// The socket can't be made.
-    pub fn start(path: &Path, qemu: &Path, floors: bool, hook: Hook) -> Result<Proxy> {
+    pub fn start(path: &Path, qemu: &Path, floors: Option<Floor>, hook: Hook) -> Result<Proxy> {
         let listener = UnixListener::bind(path).context("making the proxy's socket")?;
         let seen = Arc::new(Mutex::new(Seen::default()));
         let end = Arc::new(EventFd::new().context("making an eventfd")?);
@@ -79,7 +88,7 @@ impl Proxy {
             seen: Arc::clone(&seen),
             end: Arc::clone(&end),
             hook,
-            floors: floors.then(Floors::new).transpose()?,
+            floors: floors.map(Floors::new).transpose()?,
         };
         let thread = std::thread::Builder::new()
             .name("qmp-proxy".into())
@@ -132,6 +141,7 @@ struct Relay {
 /// Our own boundaries, of a client that sits where the daemon sits: so what it takes to pass
 /// through the proxy is in both kinds of pause.
 struct Floors {
+    kind: Floor,
     /// To the client.
     client: UnixStream,
     /// A sink as the daemon has one.
@@ -154,26 +164,46 @@ enum Stage {
     Running(u32),
 }
 
-/// Replies until the sink is there: its own and the filter's.
-const ADDING_REPLIES: u32 = 2;
-/// Replies to a boundary of ours until `cont` is sent: to the gate, `stop` and the save.
-const PAUSED_REPLIES: u32 = 3;
-/// Those, to `cont`, and to the gate again.
-const BOUNDARY_REPLIES: u32 = PAUSED_REPLIES + 2;
+impl Floor {
+    /// Until the sink is there, and the filter.
+    fn adding_replies(self) -> u32 {
+        match self {
+            Floor::Plain => 1,
+            Floor::Gated => 2,
+        }
+    }
+
+    /// Until `cont` is sent: to `stop`, the save, and the gate.
+    fn paused_replies(self) -> u32 {
+        match self {
+            Floor::Plain => 2,
+            Floor::Gated => 3,
+        }
+    }
+
+    /// Those, to `cont`, and to the gate again.
+    fn boundary_replies(self) -> u32 {
+        match self {
+            Floor::Plain => self.paused_replies() + 1,
+            Floor::Gated => self.paused_replies() + 2,
+        }
+    }
+}
 
 impl Floors {
-    fn new() -> Result<Floors> {
+    fn new(kind: Floor) -> Result<Floors> {
         let sink = state_sink()?;
         let (client, theirs) = UnixStream::pair()?;
         std::thread::Builder::new()
             .name("floor".into())
             .spawn(move || {
-                if let Err(error) = floor_client(&theirs) {
+                if let Err(error) = floor_client(&theirs, kind) {
                     eprintln!("the floor's client: {error:#}");
                 }
             })?;
         let stage = Stage::Idle;
         Ok(Floors {
+            kind,
             client,
             sink,
             handed_over: false,
@@ -219,7 +249,7 @@ impl Relay {
     fn serve(&mut self, daemon: &UnixStream) -> Result<()> {
         let qemu = UnixStream::connect(&self.qemu).context("connecting to QEMU")?;
         if let Some(floors) = &mut self.floors {
-            *floors = Floors::new()?;
+            *floors = Floors::new(floors.kind)?;
         }
         let mut from_daemon = Lines::default();
         let mut from_qemu = Lines::default();
@@ -315,10 +345,13 @@ impl Relay {
         floors.due = None;
         if !floors.handed_over {
             floors.handed_over = true;
-            floors.stage = Stage::Adding(ADDING_REPLIES);
+            floors.stage = Stage::Adding(floors.kind.adding_replies());
             let add = json!({"execute": "add-fd", "arguments": {"fdset-id": 9}});
             let sink = [floors.sink.try_clone()?.into()];
             send(qemu, format!("{add}\n").as_bytes(), &sink)?;
+            if floors.kind == Floor::Plain {
+                return Ok(());
+            }
             // One that holds nothing: there is a gate to move in the daemon's boundaries.
             let filter = json!({"execute": "object-add", "arguments": {
                 "qom-type": "filter-buffer", "id": "flr0", "netdev": NETDEV, "queue": "rx",
@@ -396,17 +429,17 @@ impl Relay {
 impl Floors {
     fn begin(&mut self) -> Result<()> {
         self.sink.seek(io::SeekFrom::Start(0))?;
-        self.stage = Stage::Running(BOUNDARY_REPLIES);
+        self.stage = Stage::Running(self.kind.boundary_replies());
         send(&self.client, b"go\n", &[])
     }
 }
 
 /// The commands of a boundary, as the daemon sends them: the gate, pause and save in one write, `cont`
 /// as soon as all of that is done, and the gate again when the guest runs.
-fn floor_client(proxy: &UnixStream) -> Result<()> {
-    const PAUSE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"flr0\",\"property\":\
-                         \"status\",\"value\":\"on\"}}\n\
-                         {\"execute\":\"stop\"}\n\
+fn floor_client(proxy: &UnixStream, kind: Floor) -> Result<()> {
+    const GATE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"flr0\",\"property\":\
+                        \"status\",\"value\":\"on\"}}\n";
+    const PAUSE: &str = "{\"execute\":\"stop\"}\n\
                          {\"execute\":\"xen-save-devices-state\",\"arguments\":{\"filename\":\
                          \"/dev/fdset/9\",\"live\":false}}\n";
     const CONT: &str = "{\"execute\":\"cont\"}\n";
@@ -417,13 +450,17 @@ fn floor_client(proxy: &UnixStream) -> Result<()> {
         let line = line?;
         if line == "go" {
             replies = 0;
-            send(proxy, PAUSE.as_bytes(), &[])?;
+            let gate = match kind {
+                Floor::Plain => "",
+                Floor::Gated => GATE,
+            };
+            send(proxy, format!("{gate}{PAUSE}").as_bytes(), &[])?;
             continue;
         }
         replies += 1;
-        if replies == PAUSED_REPLIES {
+        if replies == kind.paused_replies() {
             send(proxy, CONT.as_bytes(), &[])?;
-        } else if replies == PAUSED_REPLIES + 1 {
+        } else if replies == kind.paused_replies() + 1 && kind == Floor::Gated {
             send(proxy, RELEASE.as_bytes(), &[])?;
         }
     }

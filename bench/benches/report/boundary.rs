@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use bench::guest::{Guest, Work};
 use bench::measure::{Boundaries, Epoch, boundaries};
+use bench::proxy::Floor;
 use bench::report::plot::{Axis, Bar, Scale, Series, bars, lines, number};
 use bench::report::{Bound, Figure, Group, Latency, Ratio, Table, median};
 use serde_json::{Value, json};
@@ -42,7 +43,10 @@ pub(crate) fn measure(options: &Options) -> Result<Group> {
     for case in cases(options)? {
         let gate = if case.gated { "auto" } else { "off" };
         let mut setup = options.setup(case.guest.clone(), &["--gate", gate]);
-        setup.floors = true;
+        setup.floors = Some(match case.gated {
+            true => Floor::Gated,
+            false => Floor::Plain,
+        });
         let runs = boundaries(&setup, time).with_context(|| case.label.clone())?;
         let one = Seen {
             pause: Latency::of_us(&runs.pauses_us),

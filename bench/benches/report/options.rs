@@ -77,7 +77,7 @@ impl Options {
         Setup {
             guest,
             watch: Watch::Tick,
-            floors: false,
+            floors: None,
             options: all.map(|&it| it.to_owned()).collect(),
         }
     }

@@ -122,7 +122,7 @@ fn measure(arguments: &Arguments) -> Result<Run> {
     let setup = Setup {
         guest,
         watch: Watch::Tick,
-        floors: false,
+        floors: None,
         options: ["--failover-after-ms", "8000"].map(str::to_owned).to_vec(),
     };
     let figures = if arguments.only_failover {

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use bench::guest::Guest;
 use bench::pair::{Pair, Setup, Watch};
 use bench::process::Workplace;
+use bench::proxy::Floor;
 use bench::report::quantiles;
 use clap::Parser;
 use serde_json::{Value, json};
@@ -67,7 +68,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let setup = Setup {
         guest,
         watch: Watch::Tick,
-        floors: true,
+        floors: Some(Floor::Gated),
         options,
     };
     say("booting a Linux guest under QEMU, and a standby QEMU that waits …");

@@ -148,7 +148,7 @@ fn kill_once(arguments: &Arguments, aim: Phase, draw: u64) -> Result<Outcome> {
     let setup = Setup {
         guest,
         watch: Watch::AllRam,
-        floors: false,
+        floors: None,
         options,
     };
     let mut pair = Pair::start_relayed(place.path(), &setup)?;

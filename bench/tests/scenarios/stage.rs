@@ -91,7 +91,7 @@ impl Stage {
         Ok(Setup {
             guest,
             watch: Watch::AllRam,
-            floors: false,
+            floors: None,
             options,
         })
     }

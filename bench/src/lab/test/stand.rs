@@ -92,7 +92,7 @@ impl Stand {
             Role::Backup => backup_hook(&memory, to, notes),
         };
         let (socket, behind) = (dir.join("proxy"), dir.join("qemu.qmp"));
-        let proxy = Proxy::start(&socket, &behind, false, hook)?;
+        let proxy = Proxy::start(&socket, &behind, None, hook)?;
         let text = |path: PathBuf| path.display().to_string();
         let mut line = [
             "--mode",
