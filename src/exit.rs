@@ -100,6 +100,7 @@ fn is_refusal(cause: Cause<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use anyhow::{Context, anyhow};
+    use qemu_bridge::gate::GateError;
     use qemu_bridge::qmp::QmpError;
     use qemu_bridge::standby::StandbyError;
 
@@ -125,6 +126,14 @@ mod tests {
             ),
             (
                 anyhow::Error::new(nix::errno::Errno::EPERM).context("ptrace"),
+                Exit::Privilege,
+            ),
+            (
+                anyhow::Error::new(GateError::NoPlug {
+                    netdev: "n0".into(),
+                    why: "making the ifb device".into(),
+                    source: Some(std::io::Error::from_raw_os_error(libc::EPERM)),
+                }),
                 Exit::Privilege,
             ),
             (

@@ -396,12 +396,24 @@ fn install_gate(
                 let name = gate.name();
                 return Ok((Box::new(gate), name));
             }
-            Err(error @ GateError::NoPlug { .. }) => Some(error.to_string()),
+            Err(error @ GateError::NoPlug { .. }) => Some(anyhow::Error::new(error)),
             Err(error) => return Err(error.into()),
         },
     };
-    let reasons: Vec<_> = no_filter.into_iter().chain(no_plug).collect();
-    Err(exit::Refusal(reasons.join("; ")).into())
+    match (no_filter, no_plug) {
+        // It may be had: the VM and this kernel could do it.
+        (no_filter, Some(error)) if Exit::of_error(&error) == Exit::Privilege => {
+            Err(match no_filter {
+                Some(why) => error.context(why),
+                None => error,
+            })
+        }
+        (no_filter, no_plug) => {
+            let no_plug = no_plug.map(|error| format!("{error:#}"));
+            let reasons: Vec<_> = no_filter.into_iter().chain(no_plug).collect();
+            Err(exit::Refusal(reasons.join("; ")).into())
+        }
+    }
 }
 
 fn refuse_all(found: &[Refusal]) -> anyhow::Result<()> {

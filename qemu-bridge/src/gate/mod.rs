@@ -79,7 +79,12 @@ pub enum GateError {
          --gate filter for a netdev without vhost and with one queue, or --gate off (then clients may \
          see what a failover undoes)"
     )]
-    NoPlug { netdev: String, why: String },
+    NoPlug {
+        netdev: String,
+        why: String,
+        /// What the kernel said, if it was asked.
+        source: Option<std::io::Error>,
+    },
     #[error(transparent)]
     Qmp(#[from] QmpError),
     #[error("{operation} for the output gate failed")]

@@ -1,8 +1,9 @@
 //! The plug on a tap into which the test writes what a guest would send. Each test has a network
 //! of its own.
 
+use std::error::Error;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command as ProcessCommand;
 use std::time::Instant;
@@ -13,7 +14,7 @@ use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{MsgFlags, recv};
-use nix::unistd::gettid;
+use nix::unistd::{Uid, gettid};
 use qemu_bridge::gate::{Gate, GateError, Operation, PlugGate};
 use qemu_bridge::shape::{Netdev, Nic};
 
@@ -146,6 +147,28 @@ fn listen() -> OwnedFd {
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &(1 << 20))
         .unwrap();
     socket
+}
+
+/// Needs no plug: it does not come that far.
+#[test]
+fn a_privilege_that_is_missing_can_be_told() {
+    let nobody = std::thread::spawn(|| {
+        const NOBODY: libc::c_long = 65534;
+        if Uid::effective().is_root() {
+            // SAFETY: takes numbers only. The system call itself is for this thread alone, and the
+            // privileges of its effective user go with that.
+            let dropped = unsafe { libc::syscall(libc::SYS_setresuid, -1, NOBODY, -1) };
+            assert_eq!(dropped, 0);
+        }
+        let mut nics = nics();
+        nics[0].netdevs[0].ifname = Some("lo".to_owned());
+        PlugGate::install(&nics, gettid().as_raw()).unwrap_err()
+    });
+    let error = nobody.join().unwrap();
+    let source = error.source().and_then(|source| source.downcast_ref());
+    let denied = |source: &io::Error| source.kind() == io::ErrorKind::PermissionDenied;
+    assert!(source.is_some_and(denied), "{error:?}");
+    assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
 }
 
 fn nics() -> Vec<Nic> {

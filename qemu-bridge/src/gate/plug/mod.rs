@@ -67,6 +67,13 @@ struct PluggedNic {
     dropped: u32,
 }
 
+/// Why there can be no plug for a NIC.
+struct Unfit {
+    why: String,
+    /// What the kernel said: whether a privilege is missing, for one.
+    source: Option<io::Error>,
+}
+
 impl PlugGate {
     /// Puts an open plug behind the tap of each NIC of the QEMU with process id `pid`. What an
     /// earlier daemon has left is removed, and what that held is dropped.
@@ -81,21 +88,17 @@ impl PlugGate {
             ear: Ear::new().map_err(|e| failed("epoll_create1", e))?,
         };
         for found in find_taps(nics, pid)? {
-            let unsupported = |why: String| GateError::NoPlug {
-                netdev: found.netdev.clone(),
-                why,
-            };
             let nic = PluggedNic::install(&mut gate.netlink, &found.netdev, &found.tap);
             let heard = nic.and_then(|nic| {
                 let heard = gate.ear.add(nic.tap_device);
                 gate.nics.push(nic);
-                heard.map_err(|e| format!("listening to {}: {e} (CAP_NET_RAW)", found.tap))
+                let what = || format!("listening to {} (needs CAP_NET_RAW)", found.tap);
+                heard.map_err(|error| Unfit::because(what(), error))
             });
-            if let Err(why) = heard {
-                let error = unsupported(why);
+            if let Err(unfit) = heard {
                 gate.disconnect();
                 gate.take_down();
-                return Err(error);
+                return Err(unfit.error(&found.netdev));
             }
         }
         Ok(gate)
@@ -148,6 +151,29 @@ impl PlugGate {
                 tracing::warn!("removing the plug of {}: {error}", nic.tap);
             }
         }
+    }
+}
+
+impl Unfit {
+    fn because(what: String, source: io::Error) -> Unfit {
+        Unfit {
+            why: what,
+            source: Some(source),
+        }
+    }
+
+    fn error(self, netdev: &str) -> GateError {
+        GateError::NoPlug {
+            netdev: netdev.to_owned(),
+            why: self.why,
+            source: self.source,
+        }
+    }
+}
+
+impl From<String> for Unfit {
+    fn from(why: String) -> Unfit {
+        Unfit { why, source: None }
     }
 }
 
@@ -227,8 +253,8 @@ impl Gate for PlugGate {
 
 impl PluggedNic {
     /// # Errors
-    /// What the kernel refused, for people. Nothing is left behind.
-    fn install(netlink: &mut Netlink, netdev: &str, tap: &str) -> Result<PluggedNic, String> {
+    /// What the kernel refused. Nothing is left behind.
+    fn install(netlink: &mut Netlink, netdev: &str, tap: &str) -> Result<PluggedNic, Unfit> {
         let tap_device = index_of(tap).ok_or_else(|| {
             format!("{tap} is not in this network namespace: run the daemon where the tap is")
         })?;
@@ -237,11 +263,14 @@ impl PluggedNic {
         if let Some(left) = index_of(&ifb) {
             // It was made together with the tap's clsact.
             let _ = netlink.remove_clsact(tap_device);
+            let what = || format!("removing {ifb}, which another daemon has left");
             let removed = netlink.remove_device(left);
-            removed.map_err(|e| format!("removing {ifb}, which another daemon has left: {e}"))?;
+            removed.map_err(|error| Unfit::because(what(), error))?;
         }
+        let what =
+            || format!("making the ifb device {ifb} (needs CAP_NET_ADMIN, and the module ifb)");
         let made = netlink.add_ifb(&ifb);
-        made.map_err(|e| format!("making the ifb device {ifb}: {e} (module ifb)"))?;
+        made.map_err(|error| Unfit::because(what(), error))?;
         let mut nic = PluggedNic {
             netdev: netdev.to_owned(),
             tap: tap.to_owned(),
@@ -250,17 +279,17 @@ impl PluggedNic {
             dropped: 0,
         };
         let Some(ifb_device) = index_of(&ifb) else {
-            return Err(format!("{ifb} was made and is not there"));
+            return Err(format!("{ifb} was made and is not there").into());
         };
         nic.ifb_device = ifb_device;
         match nic.connect(netlink) {
             Ok(()) => Ok(nic),
-            Err((clsact_is_ours, why)) => {
+            Err((clsact_is_ours, unfit)) => {
                 if clsact_is_ours {
                     let _ = netlink.remove_clsact(tap_device);
                 }
                 let _ = netlink.remove_device(ifb_device);
-                Err(why)
+                Err(unfit)
             }
         }
     }
@@ -269,11 +298,11 @@ impl PluggedNic {
     ///
     /// # Errors
     /// Why, and whether the tap's clsact was added.
-    fn connect(&self, netlink: &mut Netlink) -> Result<(), (bool, String)> {
+    fn connect(&self, netlink: &mut Netlink) -> Result<(), (bool, Unfit)> {
         let (tap, ifb) = (&self.tap, self.ifb_device);
         let before = |what: &str| {
             let what = what.to_owned();
-            move |error: io::Error| (false, format!("{what}: {error}"))
+            move |error: io::Error| (false, Unfit::because(what, error))
         };
         netlink.add_plug(ifb, HELD_BYTES).map_err(before(
             "adding the queueing discipline plug (module sch_plug)",
@@ -285,18 +314,19 @@ impl PluggedNic {
             .switch_on(ifb)
             .map_err(before("switching the ifb on"))?;
         netlink.add_clsact(self.tap_device).map_err(|error| {
-            let why = match error.kind() {
+            let unfit = match error.kind() {
                 io::ErrorKind::AlreadyExists => format!(
                     "{tap} has an ingress queueing discipline already, a rate limit perhaps: remove it \
                      (tc qdisc del dev {tap} ingress)"
-                ),
-                _ => format!("adding clsact to {tap}: {error} (module sch_ingress)"),
+                )
+                .into(),
+                _ => Unfit::because(format!("adding clsact to {tap} (module sch_ingress)"), error),
             };
-            (false, why)
+            (false, unfit)
         })?;
         netlink.redirect(self.tap_device, ifb).map_err(|error| {
-            let why = format!("redirecting {tap}: {error} (modules cls_matchall and act_mirred)");
-            (true, why)
+            let what = format!("redirecting {tap} (modules cls_matchall and act_mirred)");
+            (true, Unfit::because(what, error))
         })
     }
 

@@ -1,7 +1,8 @@
 //! Which tap a NIC is on.
 
-use std::fs::read_to_string;
+use std::fs::{read_link, read_to_string};
 
+use super::Unfit;
 use crate::gate::GateError;
 use crate::shape::{Netdev, Nic};
 
@@ -19,10 +20,7 @@ pub(super) struct Tap {
 pub(super) fn find_taps(nics: &[Nic], pid: i32) -> Result<Vec<Tap>, GateError> {
     let mut found: Vec<Tap> = Vec::new();
     for netdev in nics.iter().flat_map(|nic| &nic.netdevs) {
-        let tap = tap_of(netdev, pid).map_err(|why| GateError::NoPlug {
-            netdev: netdev.id.clone(),
-            why,
-        })?;
+        let tap = tap_of(netdev, pid).map_err(|unfit| unfit.error(&netdev.id))?;
         if found.iter().all(|other| other.tap != tap) {
             found.push(Tap {
                 netdev: netdev.id.clone(),
@@ -33,26 +31,31 @@ pub(super) fn find_taps(nics: &[Nic], pid: i32) -> Result<Vec<Tap>, GateError> {
     Ok(found)
 }
 
-fn tap_of(netdev: &Netdev, pid: i32) -> Result<String, String> {
+fn tap_of(netdev: &Netdev, pid: i32) -> Result<String, Unfit> {
     if netdev.kind != "tap" {
-        return Err(format!("it is of type {}, not a tap", netdev.kind));
+        return Err(format!("it is of type {}, not a tap", netdev.kind).into());
     }
-    let namespace = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/net"));
-    match (namespace(&pid.to_string()), namespace("thread-self")) {
-        (Ok(theirs), Ok(ours)) if theirs == ours => {}
-        _ => return Err("QEMU is in another network namespace: run the daemon there".to_owned()),
+    let namespace = |who: &str| {
+        let path = format!("/proc/{who}/ns/net");
+        read_link(&path).map_err(|error| Unfit::because(format!("reading {path}"), error))
+    };
+    if namespace(&pid.to_string())? != namespace("thread-self")? {
+        let why = "QEMU is in another network namespace: run the daemon there";
+        return Err(why.to_owned().into());
     }
     if let Some(name) = &netdev.ifname {
         return Ok(name.clone());
     }
     // QEMU was given the tap as a descriptor.
     let Some(fd) = netdev.fd else {
-        return Err("its tap's name is not known: give QEMU ifname= or fd=".to_owned());
+        let why = "its tap's name is not known: give QEMU ifname= or fd=";
+        return Err(why.to_owned().into());
     };
     let path = format!("/proc/{pid}/fdinfo/{fd}");
-    let text = read_to_string(&path).map_err(|error| format!("reading {path}: {error}"))?;
-    interface_of(&text)
-        .ok_or_else(|| format!("{path} names no interface: it is no tap (a macvtap?)"))
+    let text =
+        read_to_string(&path).map_err(|error| Unfit::because(format!("reading {path}"), error))?;
+    let no_tap = || format!("{path} names no interface: it is no tap (a macvtap?)").into();
+    interface_of(&text).ok_or_else(no_tap)
 }
 
 /// The line `iff:` of a tun device's descriptor (`tun_chr_show_fdinfo`, drivers/net/tun.c).
