@@ -255,7 +255,8 @@ pub(crate) enum DeltasName {
 pub(crate) enum Operation {
     /// Is the guest protected, since when, and how far is the backup behind?
     ///
-    /// Ends with 0 if every VM found is protected, 1 if one is not, 3 if no daemon answers.
+    /// Ends with 0 if every VM found is protected, 1 if one is not or does not answer, 3 if no daemon
+    /// is there.
     Status {
         /// One JSON object per daemon, as the daemon gave it.
         #[arg(long)]

@@ -35,7 +35,8 @@ Exit codes:
   4  failed over: the other host runs the guest now
   5  the guest is lost: there is nothing here to bring it back from
   6  a privilege is missing
-`status` ends with 0 if every VM it found is protected, 1 if one is not, 3 if no daemon answers.";
+`status` ends with 0 if every VM it found is protected, 1 if one is not or does not answer, 3 if no
+daemon is there.";
 
 /// Why something can't be protected. Anything that carries this exits with [`Exit::Refused`].
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,6 @@
 //! The operator's side: finds the daemon, asks it, and shows what it says.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -41,23 +42,40 @@ pub(crate) fn run(operation: Operation) -> anyhow::Result<Exit> {
 }
 
 fn status(target: &Target, json: bool) -> anyhow::Result<Exit> {
-    let daemons = find(target)?;
-    if daemons.is_empty() {
+    let exit = show(&sockets(target)?, json, &mut say);
+    Ok(exit.unwrap_or_else(|| {
         eprintln!("{}", nobody(target));
-        return Ok(NO);
-    }
-    let mut all = true;
-    for (at, mut daemon) in daemons.into_iter().enumerate() {
-        let reply = daemon.ask(Request::Status)?;
-        all &= reply["protected"] == true;
-        if json {
-            say(&format!("{reply}\n"));
-        } else {
-            let gap = if at > 0 { "\n" } else { "" };
-            say(&format!("{gap}{}", table(&daemon.socket, &reply)));
+        NO
+    }))
+}
+
+/// One that doesn't answer is no reason to leave out the others. `None`: nobody listens.
+pub(super) fn show(sockets: &[PathBuf], json: bool, say: &mut dyn FnMut(&str)) -> Option<Exit> {
+    let mut worst = None;
+    for socket in sockets {
+        let reply = match Daemon::connect(socket) {
+            Ok(None) => continue,
+            Ok(Some(mut daemon)) => daemon.ask(Request::Status),
+            Err(error) => Err(error),
+        };
+        let gap = if worst.is_some() { "\n" } else { "" };
+        match &reply {
+            Ok(reply) if json => say(&format!("{reply}\n")),
+            Ok(reply) => say(&format!("{gap}{}", table(socket, reply))),
+            Err(error) if json => eprintln!("{error:#}"),
+            Err(error) => say(&format!(
+                "{gap}{}\n  no answer   {error:#}\n",
+                title(socket)
+            )),
         }
+        let exit = match reply {
+            Ok(reply) if reply["protected"] == true => Exit::Clean,
+            Ok(_) => Exit::Other,
+            Err(error) => Exit::of_error(&error),
+        };
+        worst = worst.filter(|worst| *worst != Exit::Clean).or(Some(exit));
     }
-    Ok(if all { Exit::Clean } else { Exit::Other })
+    worst
 }
 
 fn command(request: Request, target: &Target) -> anyhow::Result<Exit> {
@@ -162,7 +180,7 @@ impl Daemon {
             Err(error) if matches!(error.kind(), ConnectionRefused | NotFound) => Ok(None),
             Err(error) if error.kind() == WouldBlock => {
                 bail!(
-                    "the daemon at {} hangs: it takes no connections",
+                    "the daemon at {} is starting, or hangs: it takes no connections",
                     socket.display()
                 )
             }
@@ -187,7 +205,8 @@ impl Daemon {
             .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
         {
             let seconds = ANSWER_PATIENCE.as_secs();
-            bail!("the daemon at {socket} hangs: it has not answered for {seconds} s");
+            // It listens before it starts a QEMU, or looks at one.
+            bail!("the daemon at {socket} is starting, or hangs: no answer for {seconds} s");
         }
         read.with_context(|| format!("waiting for an answer of the daemon at {socket}"))?;
         if answer.is_empty() {
@@ -296,9 +315,14 @@ fn nobody(target: &Target) -> String {
     }
 }
 
+/// The name of a daemon, for people.
+fn title(socket: &Path) -> Cow<'_, str> {
+    socket.file_stem().unwrap_or_default().to_string_lossy()
+}
+
 /// Is it protected, since when, and how far is the backup behind?
 fn table(socket: &Path, reply: &Value) -> String {
-    let name = socket.file_stem().unwrap_or_default().to_string_lossy();
+    let name = title(socket);
     let mode = reply["mode"].as_str().unwrap_or("daemon");
     let protected = if reply["protected"] == true {
         "yes"

@@ -305,11 +305,13 @@ fn a_daemon_that_hangs_is_said_to_and_not_waited_for() {
         }
     };
     assert_eq!(full.kind(), ErrorKind::WouldBlock);
-    let error = run(Operation::Status {
+    let target = scratch.target();
+    let shown = run(Operation::Status {
         json: false,
-        target: scratch.target(),
-    })
-    .unwrap_err();
+        target: target.clone(),
+    });
+    assert_eq!(shown.unwrap(), Exit::Other);
+    let error = run(Operation::Rehearse { target }).unwrap_err();
     assert!(error.to_string().contains("hangs"), "{error:#}");
     let error = ControlServer::bind(&scratch.socket()).unwrap_err();
     assert!(
@@ -317,6 +319,26 @@ fn a_daemon_that_hangs_is_said_to_and_not_waited_for() {
         "{error}"
     );
     drop(server);
+}
+
+#[test]
+fn one_that_does_not_answer_hides_no_other() {
+    let (scratch, other) = (Scratch::new("starting"), Scratch::new("answers"));
+    let _starting = ControlServer::bind(&scratch.socket()).unwrap();
+    let daemon = serve(ControlServer::bind(&other.socket()).unwrap());
+    let mut shown = String::new();
+    let sockets = [scratch.socket(), other.socket()];
+    let exit = client::show(&sockets, false, &mut |text| shown += text);
+    assert_eq!(exit, Some(Exit::Other));
+    let rows: Vec<_> = shown.lines().collect();
+    assert!(
+        rows[1].starts_with("  no answer   ") && rows[1].contains("is starting, or hangs"),
+        "{shown}"
+    );
+    assert!(rows[4].starts_with("  protected   yes"), "{shown}");
+    let target = other.target();
+    run(Operation::Detach { target }).unwrap();
+    daemon.join().unwrap();
 }
 
 #[test]
