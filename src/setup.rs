@@ -1,5 +1,6 @@
 //! From settings to a running loop: QEMU, its RAM, a tracker, the machine.
 
+use std::fs::File;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -154,52 +155,43 @@ fn prepare_primary(
     let ram = GuestRam::open(process.pid(), &blocks)?;
     let (tracker, said, scan) = prove_tracker(settings, &ram, &mut qmp, running)?;
     tracing::info!("{said}");
+    let tracker_name = tracker.name().to_owned();
+    let precopy_pages_min = tracker.arms_live().then_some(PRECOPY_PAGES_MIN);
+    let guard = Guard::start(process.pidfd())?;
+    let session = Session(random_number()?);
     // First what may be refused: then nothing of ours is in QEMU yet.
-    let (gate, gate_name) = install_gate(settings, &mut qmp, process.pid())?;
-    let sink = StateSink::install(&mut qmp, ANSWER_PATIENCE)?;
+    let (mut gate, gate_name) = install_gate(settings, &mut qmp, process.pid())?;
+    let arena = arena_for(&shape);
+    let (deltas, cache_bytes) = (settings.deltas, settings.delta_cache_bytes);
+    let worker = |state| PrimaryWorker::new(ram, tracker, arena, state, deltas, cache_bytes);
+    let installed = install_sink(&mut qmp, |state| Workshop::start(worker(state), scan));
+    let (sink, workshop) = match installed {
+        Ok(installed) => installed,
+        Err(error) => {
+            let rest = gate.remove();
+            undo(&mut qmp, rest);
+            return Err(error);
+        }
+    };
     // Without a gate that tells of waiting output, every epoch is the longest that may be.
     let epoch_idle = match gate.waiting_fd() {
         Some(_) => settings.epoch_idle,
         None => settings.epoch,
     };
-    // A guest that powers off must not take QEMU with it before the backup knows.
-    qmp.call(
-        Command::new("set-action").arg("shutdown", "pause"),
-        ANSWER_PATIENCE,
-    )
-    .context("telling QEMU to stay when the guest powers off")?;
 
     events.attached(&Attached {
         qemu_pid: process.pid(),
         qemu_version: version_of(&shape),
         accel: accel_of(&shape),
         ram_bytes: shape.ram_bytes(),
-        tracker: tracker.name().to_owned(),
+        tracker: tracker_name,
         gate: Some(gate_name),
         expected_pause_us: Some(
             u64::try_from(expected_pause(scan).as_micros()).unwrap_or(u64::MAX),
         ),
     });
-    let arena = arena_for(&shape);
-    let guard = Guard::start(process.pidfd())?;
-    let device_state = sink
-        .memory()
-        .try_clone_to_owned()
-        .context("copying a descriptor")?
-        .into();
-    let session = Session(random_number()?);
     let term = store.load().term;
     let vm = vm_tag(&settings.vm_id);
-    let precopy_pages_min = tracker.arms_live().then_some(PRECOPY_PAGES_MIN);
-    let worker = PrimaryWorker::new(
-        ram,
-        tracker,
-        arena,
-        device_state,
-        settings.deltas,
-        settings.delta_cache_bytes,
-    );
-    let workshop = Workshop::start(worker, scan)?;
     let config = PrimaryConfig {
         vm_id: hello.vm_id,
         vm,
@@ -238,6 +230,43 @@ fn prepare_primary(
         guard,
         nursery,
     })
+}
+
+/// Hands QEMU the memory for its devices' state, and starts `work` on that.
+///
+/// # Errors
+/// QEMU refuses, or `work` can't be started. Nothing is left in QEMU.
+fn install_sink<W>(
+    qmp: &mut Qmp,
+    work: impl FnOnce(File) -> anyhow::Result<W>,
+) -> anyhow::Result<(StateSink, W)> {
+    let sink = StateSink::install(qmp, ANSWER_PATIENCE)?;
+    let set_action = |action| Command::new("set-action").arg("shutdown", action);
+    // A guest that powers off must not take QEMU with it before the backup knows.
+    let stays = qmp.call(set_action("pause"), ANSWER_PATIENCE);
+    let begun = stays
+        .context("telling QEMU to stay when the guest powers off")
+        .and_then(|_| {
+            let state = sink.memory().try_clone_to_owned();
+            work(state.context("copying a descriptor")?.into())
+        });
+    match begun {
+        Ok(work) => Ok((sink, work)),
+        Err(error) => {
+            undo(qmp, vec![sink.remove_command(), set_action("poweroff")]);
+            Err(error)
+        }
+    }
+}
+
+/// For a QEMU that was running before us, and runs on.
+fn undo(qmp: &mut Qmp, commands: Vec<Command>) {
+    for command in commands {
+        let name = command.name().to_owned();
+        if let Err(error) = qmp.call(command, ANSWER_PATIENCE) {
+            tracing::warn!("leaving QEMU as it was: {name} failed: {error}");
+        }
+    }
 }
 
 /// Waits for a primary, and takes over when it dies.
