@@ -117,7 +117,12 @@ pub(crate) fn run(parts: Parts) -> anyhow::Result<Exit> {
         End::StoodDown => (Exit::Clean, "stood down".to_owned()),
         End::PoweredOff => (Exit::Clean, "the guest has powered off".to_owned()),
         End::NoStandby(text) => {
-            let how = format!("the standby is gone, the guest is the primary's alone: {text}");
+            let heard = match parts.machine.status().silent_for {
+                Some(silent) => format!(", which was heard {:.1} s ago", silent.as_secs_f64()),
+                None => String::new(),
+            };
+            let how =
+                format!("the standby is gone, the guest is the primary's alone{heard}: {text}");
             (Exit::Other, how)
         }
         End::Failed(text) => (Exit::Lost, text),

@@ -48,7 +48,7 @@ impl Backup {
             decided: self.now,
             term_stored: false,
             started: false,
-            retried: false,
+            retried: self.standby_lost.is_some(),
         });
         self.set_state(State::Activating);
         self.act(Action::StoreTerm {

@@ -55,6 +55,8 @@ pub struct Backup {
     recent_chunks: u32,
 
     activation: Option<Activation>,
+    /// How the standby ended, while nobody could be told: an activation starts with a fresh one.
+    standby_lost: Option<String>,
     rehearsal: Option<Rehearsal>,
     rehearsed: bool,
     standing_down: Option<Micros>,
@@ -82,6 +84,7 @@ impl Backup {
             held: None,
             recent_chunks: 0,
             activation: None,
+            standby_lost: None,
             rehearsal: None,
             rehearsed: false,
             standing_down: None,
@@ -167,6 +170,17 @@ impl Backup {
         self.try_flip();
         self.advance_rehearsal();
         self.advance_activation();
+        self.end_without_standby();
+    }
+
+    /// What was kept for a fresh standby is not worth one any more.
+    fn end_without_standby(&mut self) {
+        let useless = self.state != State::Protecting && self.activation.is_none();
+        if let Some(text) = self.standby_lost.take_if(|_| useless && !self.finished) {
+            self.fail(format!(
+                "the standby is gone, the guest may be lost: {text}"
+            ));
+        }
     }
 
     /// Silence means something only while there is an epoch to activate from, and a decision
@@ -247,6 +261,17 @@ impl Backup {
         }
         if self.state == State::Active {
             return self.fail(text);
+        }
+        let has_link = self.peer.as_ref().is_some_and(|p| p.link.is_some());
+        if self.state == State::Protecting && !has_link && self.standing_down.is_none() {
+            // Nobody can be told, and this may be all that is left of the guest: its RAM outlives
+            // QEMU. Whether it is needed is decided as ever.
+            self.report(Report::Error(format!(
+                "the standby is gone, and the primary can't be told; a fresh one will take over if the \
+                 primary stays silent: {text}"
+            )));
+            self.standby_lost = Some(text);
+            return;
         }
         let (why, run_state) = (Farewell::StandDown, self.run_state);
         self.send_to_peer(Epoch::NONE, &Message::Farewell { why, run_state });

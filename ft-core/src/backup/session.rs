@@ -164,6 +164,10 @@ impl Backup {
         let answer = self.our_hello(hello);
         self.send(link, self.last_flipped, &answer);
         self.report(Report::Connected);
+        if let Some(text) = self.standby_lost.take() {
+            // Now it can be told.
+            return self.on_standby_gone(false, text);
+        }
         // A fresh link may be of another kind of memory: both slots start empty.
         if self.state == State::Tainted {
             // It may have been said on a link that broke before it arrived.

@@ -338,6 +338,54 @@ fn standby_ends_while_it_waits() {
     assert!(pair.primary.vm_runs);
 }
 
+/// The backup has lost the link, and then its standby: the primary's host may be dead.
+fn standby_ends_without_a_link() -> Pair {
+    let mut pair = Pair::protected();
+    pair.forget_actions();
+    pair.cut = true;
+    let down = backup::LinkDown::Broken("reset".to_owned());
+    let link = backup::LinkId(pair.link);
+    let gone = backup::Input::StandbyGone {
+        clean: false,
+        text: "killed".to_owned(),
+    };
+    for input in [backup::Input::LinkDown(link, down), gone] {
+        pair.backup.machine.handle(pair.now, input);
+    }
+    pair.settle_backup();
+    assert!(!pair.backup.has(|a| matches!(a, backup::Action::Finish(_))));
+    assert_eq!(pair.backup.activated(), None, "the guest may still run");
+    pair
+}
+
+#[test]
+fn standby_ends_and_the_primary_stays_silent() {
+    let mut pair = standby_ends_without_a_link();
+    pair.pass(3 * LEASE);
+    let fresh = |a: &backup::Action| matches!(a, backup::Action::RespawnAndActivate { .. });
+    let dead = |a: &backup::Action| matches!(a, backup::Action::Activate { .. });
+    assert!(pair.backup.has(fresh) && !pair.backup.has(dead));
+    assert_eq!(pair.backup.machine.status().state, backup::State::Active);
+    assert!(pair.primary.has(|a| *a == Action::FenceVm));
+
+    let mut pair = standby_ends_without_a_link();
+    pair.primary_dies();
+    assert!(pair.backup.has(fresh) && !pair.backup.has(dead));
+}
+
+#[test]
+fn standby_ends_and_the_primary_comes_back() {
+    let mut pair = standby_ends_without_a_link();
+    pair.cut = false;
+    pair.lose_link();
+    pair.pass(Duration::from_secs(1));
+    let told = |a: &backup::Action| matches!(a, backup::Action::Finish(backup::End::NoStandby(_)));
+    assert!(pair.backup.has(told));
+    assert_eq!(pair.backup.activated(), None);
+    assert_eq!(pair.primary.machine.status().state, Protection::Unprotected);
+    assert!(pair.primary.vm_runs);
+}
+
 #[test]
 fn standby_fails_to_load() {
     let mut pair = Pair::protected();
