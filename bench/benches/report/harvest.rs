@@ -19,8 +19,6 @@ const TIMES_COPY: f64 = 1.3;
 const SCAN_US_PER_GIB: f64 = 600.0;
 /// Of how many pages one is dirty where they are scattered, as far as there is room.
 const STRIDE: u64 = 20;
-/// By itself the tracker scans so little RAM on one thread.
-const TWO_THREADS: &str = "uffd, 2 threads";
 
 /// What is dirty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,13 +61,7 @@ pub(crate) fn measure(options: &Options, criterion: &mut Criterion) -> Result<Gr
                 let stride = stride.min(ram.pages() / pages.max(1));
                 if stride > 0 {
                     let dirt = Dirt { pages, stride };
-                    uffd.scan_with(1);
-                    all.push(one(&mut group, &ram, ram_mib, "uffd", &mut uffd, dirt)?);
-                    if stride == STRIDE && pages == 1000 {
-                        uffd.scan_with(2);
-                        let two = one(&mut group, &ram, ram_mib, TWO_THREADS, &mut uffd, dirt)?;
-                        all.push(two);
-                    }
+                    all.push(one(&mut group, &ram, ram_mib, &mut uffd, dirt)?);
                 }
             }
         }
@@ -81,8 +73,7 @@ pub(crate) fn measure(options: &Options, criterion: &mut Criterion) -> Result<Gr
                 pages: 1000,
                 stride: 1,
             };
-            let name = compare.name();
-            all.push(one(&mut group, &ram, ram_mib, name, &mut compare, dirt)?);
+            all.push(one(&mut group, &ram, ram_mib, &mut compare, dirt)?);
         }
     }
     group.finish();
@@ -93,13 +84,12 @@ fn one(
     group: &mut BenchmarkGroup<'_, WallTime>,
     ram: &Ram,
     ram_mib: u64,
-    name: &'static str,
     tracker: &mut dyn Tracker,
     dirt: Dirt,
 ) -> Result<Seen> {
     let mut seen = Seen {
         ram_mib,
-        tracker: name,
+        tracker: tracker.name(),
         dirt,
         collect: Latency::default(),
         gather: Latency::default(),
@@ -187,7 +177,7 @@ fn report(options: &Options, all: &[Seen]) -> Group {
             })
         })
         .collect();
-    let mut missing = Vec::new();
+    let mut missing = vec!["a scan on two threads: the product scans on one".to_owned()];
     if !options.full {
         missing.push("RAM of 2 to 8 GiB: --full".to_owned());
     }
@@ -301,23 +291,8 @@ fn by_ram(all: &[Seen]) -> Figure {
 
 /// The worst and the best known cases, by name.
 fn ratios(all: &[Seen]) -> Vec<Ratio> {
-    let uffd = || all.iter().filter(|seen| seen.tracker == "uffd");
-    let threads = all.iter().filter(|seen| seen.tracker == TWO_THREADS);
-    let threads = threads.filter_map(|two| {
-        let one = uffd().find(|one| (one.ram_mib, one.dirt) == (two.ram_mib, two.dirt))?;
-        Some(Ratio {
-            name: format!("scan_on_two_threads_vs_one_{}_mib", two.ram_mib),
-            value: two.collect.p50_us() / one.collect.p50_us(),
-            bound: Bound::AtMost(1.0),
-            meaning: format!(
-                "scan and arm on two threads / on one: {} pages {}, {} MiB",
-                two.dirt.pages,
-                two.layout(),
-                two.ram_mib
-            ),
-        })
-    });
-    let limits = uffd().map(|seen| Ratio {
+    let uffd = all.iter().filter(|seen| seen.tracker == "uffd");
+    uffd.map(|seen| Ratio {
         name: format!(
             "harvest_vs_limit_{}_mib_{}_{}",
             seen.ram_mib,
@@ -332,6 +307,6 @@ fn ratios(all: &[Seen]) -> Vec<Ratio> {
             seen.layout(),
             seen.ram_mib
         ),
-    });
-    limits.chain(threads).collect()
+    })
+    .collect()
 }

@@ -20,11 +20,6 @@ use crate::guest_ram::GuestRam;
 
 /// Written stretches that one scan can report; more take another call.
 const REGIONS: usize = 8192;
-/// RAM that a thread scans in less time than it takes to start one more.
-const THREAD_BYTES: u64 = 2 << 30;
-const THREADS_MAX: u64 = 4;
-/// Parts of RAM that two threads scan don't meet within a page table.
-const PART_ALIGN: u64 = 2 << 20;
 /// Stretches that are no further apart are armed by one call.
 const ARM_GAP_BYTES: u64 = 64 * PAGE_BYTES as u64;
 
@@ -69,28 +64,8 @@ pub struct UffdTracker {
     /// with a fault per page. So written stretches are armed one by one; else all at once.
     kvm: bool,
     ranges: Vec<(u64, u64)>,
-    /// One for each thread that scans.
-    scanners: Vec<Scanner>,
-}
-
-/// What one thread scans, and room for what it finds.
-#[derive(Debug)]
-struct Scanner {
-    parts: Vec<Part>,
     written: Vec<PageRegion>,
     armed: Vec<PageRegion>,
-    /// What a thread has found, for the one that waits for it.
-    found: Vec<PageRun>,
-}
-
-/// A stretch of one RAM block's addresses in QEMU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Part {
-    block: BlockId,
-    /// Where the block begins.
-    base: u64,
-    start: u64,
-    end: u64,
 }
 
 impl UffdTracker {
@@ -112,102 +87,15 @@ impl UffdTracker {
             pid,
             source,
         })?;
-        let processors = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-        let bytes: u64 = ranges.iter().map(|(_, len)| len).sum();
-        // QEMU saves its devices at the same time, and other guests want to run.
-        let threads = (processors / 2).min(bytes / THREAD_BYTES).min(THREADS_MAX);
-        let mut tracker = UffdTracker {
+        Ok(UffdTracker {
             _uffd: uffd,
             pagemap,
             kvm: uses_kvm(pid),
             ranges,
-            scanners: Vec::new(),
-        };
-        tracker.scan_with(usize::try_from(threads).unwrap_or(1));
-        Ok(tracker)
-    }
-
-    /// Lets so many threads scan, each as much RAM as the others. By itself it is one for every 2 GiB,
-    /// up to four, and half of the processors.
-    pub fn scan_with(&mut self, threads: usize) {
-        let parts = split(&self.ranges, threads.max(1));
-        self.scanners = parts.into_iter().map(Scanner::new).collect();
-    }
-}
-
-impl Scanner {
-    fn new(parts: Vec<Part>) -> Scanner {
-        Scanner {
-            parts,
             written: vec![PageRegion::default(); REGIONS],
             armed: vec![PageRegion::default(); REGIONS],
-            found: Vec::with_capacity(REGIONS),
-        }
+        })
     }
-
-    /// Finds what was written and arms it; the number of stretches.
-    fn scan(
-        &mut self,
-        pagemap: &File,
-        kvm: bool,
-        mut note: impl FnMut(&mut Vec<PageRun>, PageRun),
-    ) -> Result<u64, TrackerError> {
-        let Scanner {
-            parts,
-            written,
-            armed,
-            found,
-        } = self;
-        let mut count = 0;
-        let mode = if kvm { Mode::Look } else { Mode::Arm };
-        for part in parts {
-            let mut note = |region: &PageRegion| note(found, run_of(part.block, part.base, region));
-            walk(pagemap, mode, part.start, part.end, written, |regions| {
-                count += regions.len() as u64;
-                regions.iter().for_each(&mut note);
-                match mode {
-                    Mode::Arm => Ok(()),
-                    // What a running guest writes between the look and the arming is reported by
-                    // the arming, which is atomic: so both answers count.
-                    Mode::Look => arm(pagemap, regions, armed, &mut note),
-                }
-            })?;
-        }
-        Ok(count)
-    }
-}
-
-/// Blocks of these addresses and lengths in `parts` of the same size.
-fn split(ranges: &[(u64, u64)], parts: usize) -> Vec<Vec<Part>> {
-    let bytes: u64 = ranges.iter().map(|(_, len)| len).sum();
-    let share = bytes.div_ceil(parts as u64).next_multiple_of(PART_ALIGN);
-    let mut all = vec![Vec::new(); parts];
-    let mut taken = 0;
-    for (index, &(base, len)) in ranges.iter().enumerate() {
-        let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
-        let (mut start, end) = (base, base + len);
-        while start < end {
-            let part = usize::try_from(taken / share).unwrap_or(parts);
-            // The last one takes what the others' alignment has left.
-            let room = match part + 1 < parts {
-                true => share - taken % share,
-                false => u64::MAX,
-            };
-            let cut = start.saturating_add(room) / PART_ALIGN * PART_ALIGN;
-            let stop = if cut > start { cut.min(end) } else { end };
-            taken += stop - start;
-            let to = part.min(parts - 1);
-            all[to].push(Part {
-                block,
-                base,
-                start,
-                end: stop,
-            });
-            start = stop;
-        }
-    }
-    all.retain(|parts| !parts.is_empty());
-    all
 }
 
 impl Tracker for UffdTracker {
@@ -217,46 +105,46 @@ impl Tracker for UffdTracker {
 
     fn arm_all(&mut self, _ram: &GuestRam) -> Result<(), TrackerError> {
         for &(start, len) in &self.ranges {
-            let room = &mut self.scanners[0].armed;
-            walk(&self.pagemap, Mode::Arm, start, start + len, room, |_| {})?;
+            walk(
+                &self.pagemap,
+                Mode::Arm,
+                start,
+                start + len,
+                &mut self.armed,
+                |_| {},
+            )?;
         }
         Ok(())
     }
 
     fn collect(&mut self, _ram: &GuestRam, into: &mut DirtySet) -> Result<Collected, TrackerError> {
+        let mut collected = Collected::default();
         let UffdTracker {
             pagemap,
             kvm,
-            scanners,
+            ranges,
+            written,
+            armed,
             ..
         } = self;
-        let (pagemap, kvm) = (&*pagemap, *kvm);
-        let Some((first, others)) = scanners.split_first_mut() else {
-            return Ok(Collected::default());
-        };
-        let regions = std::thread::scope(|scope| {
-            let started: Vec<_> = others
-                .iter_mut()
-                .map(|scanner| {
-                    scope.spawn(move || {
-                        scanner.found.clear();
-                        let regions = scanner.scan(pagemap, kvm, |found, run| found.push(run));
-                        regions.map(|regions| (regions, &scanner.found))
-                    })
-                })
-                .collect();
-            let mut regions = first.scan(pagemap, kvm, |_, run| into.set(run));
-            for thread in started {
-                let result = thread.join().expect("a scan doesn't panic");
-                regions = regions.and_then(|before| {
-                    let (more, found) = result?;
-                    found.iter().for_each(|run| into.set(*run));
-                    Ok(before + more)
-                });
-            }
-            regions
-        })?;
-        Ok(Collected { regions })
+        for (index, &(start, len)) in ranges.iter().enumerate() {
+            let block = BlockId(u16::try_from(index).expect("at most BLOCKS_MAX blocks"));
+            let mut note = |region: &PageRegion| into.set(run_of(block, start, region));
+            let mode = if *kvm { Mode::Look } else { Mode::Arm };
+            walk(pagemap, mode, start, start + len, written, |regions| {
+                collected.regions += regions.len() as u64;
+                for region in regions {
+                    note(region);
+                }
+                match mode {
+                    Mode::Arm => Ok(()),
+                    // What a running guest writes between the look and the arming is reported by
+                    // the arming, which is atomic: so both answers count.
+                    Mode::Look => arm(pagemap, regions, armed, &mut note),
+                }
+            })?;
+        }
+        Ok(collected)
     }
 
     fn arms_live(&self) -> bool {
@@ -409,38 +297,4 @@ pub(super) fn kernel_release() -> String {
         |_| "unknown".to_owned(),
         |name| name.release().to_string_lossy().into_owned(),
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MIB: u64 = 1 << 20;
-
-    #[test]
-    fn every_byte_is_scanned_by_one_thread() {
-        let ranges = [
-            (7 * MIB, 129 * MIB),
-            (1 << 40, 4096),
-            (2 << 40, 3 * MIB + 4096),
-            (3 << 40, 1024 * MIB),
-        ];
-        for threads in 1..=9 {
-            let split = split(&ranges, threads);
-            assert!((1..=threads).contains(&split.len()), "{threads}");
-            let mut rest: Vec<_> = split.into_iter().flatten().collect();
-            for (index, (base, len)) in ranges.into_iter().enumerate() {
-                let mut at = base;
-                while at < base + len {
-                    let next = rest.remove(0);
-                    assert_eq!((next.block.0, next.base), (index as u16, base));
-                    assert_eq!(next.start, at, "{threads} threads");
-                    assert!(next.end > at);
-                    at = next.end;
-                }
-                assert_eq!(at, base + len);
-            }
-            assert!(rest.is_empty());
-        }
-    }
 }

@@ -127,8 +127,6 @@ fn epochs_arrive_bit_for_bit_and_outlive_the_standby() {
                 guest.vm.qmp.call(reset, PATIENCE).unwrap();
             }
             std::thread::sleep(Duration::from_millis(100));
-            // However many threads look.
-            tracker.scan_with(1 + round % 3);
             guest.stop();
             dirty.clear();
             tracker.collect(&guest.ram, &mut dirty).unwrap();
