@@ -23,9 +23,7 @@ pub struct Epoch {
     pub scan_us: u64,
     pub copy_us: u64,
     pub cont_us: u64,
-    /// From `cont`'s reply until the backup has all of it, checked: seal, push, check and flip.
-    pub ship_us: Option<u64>,
-    /// From `cont`'s reply to the acknowledgement.
+    /// From `cont`'s reply to the acknowledgement: seal, push, check, flip, and the way back.
     pub commit_us: u64,
     pub dirty_pages: u64,
     /// Of those, the ones that were copied before the pause.
@@ -85,7 +83,7 @@ pub fn boundaries(setup: &Setup, time: Duration) -> Result<Boundaries> {
     Ok(Boundaries {
         pauses_us,
         floors_us,
-        epochs: epochs(&events, &pair.backup.events(), |at| during.contains(&at)),
+        epochs: epochs(&events, |at| during.contains(&at)),
         elapsed: Duration::from_micros(until_us - from_us),
         gate: text("gate"),
         tracker: text("tracker"),
@@ -93,19 +91,11 @@ pub fn boundaries(setup: &Setup, time: Duration) -> Result<Boundaries> {
     })
 }
 
-/// The epochs that were acknowledged at a time that `counts`, from the logs of both daemons of one
-/// host.
-pub fn epochs(primary: &[Value], backup: &[Value], counts: impl Fn(u64) -> bool) -> Vec<Epoch> {
-    let flips: std::collections::HashMap<u64, u64> = backup
-        .iter()
-        .filter(|e| e["event"] == "flipped")
-        .filter_map(|e| Some((e["epoch"].as_u64()?, e["time_us"].as_u64()?)))
-        .collect();
+/// The epochs that were acknowledged at a time that `counts`, from the log of a primary.
+pub fn epochs(primary: &[Value], counts: impl Fn(u64) -> bool) -> Vec<Epoch> {
     let epoch = |event: &Value| {
         let number = |field: &str| event[field].as_u64();
         let phase = |name: &str| event["phases_us"][name].as_u64();
-        let (acked_us, commit_us) = (number("time_us")?, number("commit_us")?);
-        let flip = flips.get(&number("epoch")?);
         Some(Epoch {
             pause_us: number("pause_us")?,
             stop_us: phase("stop")?,
@@ -114,8 +104,7 @@ pub fn epochs(primary: &[Value], backup: &[Value], counts: impl Fn(u64) -> bool)
             scan_us: phase("scan")?,
             copy_us: phase("copy")?,
             cont_us: phase("cont")?,
-            ship_us: flip.map(|at| at.saturating_sub(acked_us - commit_us)),
-            commit_us,
+            commit_us: number("commit_us")?,
             dirty_pages: number("dirty_pages")?,
             precopied_pages: number("precopied_pages")?,
             bytes: number("bytes")?,

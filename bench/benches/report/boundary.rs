@@ -185,8 +185,6 @@ impl Seen {
             "phases_us": {
                 "stop": of(|e| e.stop_us), "save": of(|e| e.save_us), "harvest": of(|e| e.harvest_us),
                 "scan": of(|e| e.scan_us), "copy": of(|e| e.copy_us), "cont": of(|e| e.cont_us),
-                "ship": of(|e| e.ship_us.unwrap_or(0)),
-                "ack": of(|e| e.commit_us.saturating_sub(e.ship_us.unwrap_or(0))),
             },
             "gather_gb_per_s": self.gather_speed(),
         })
@@ -434,18 +432,16 @@ fn behind(seen: &[Seen]) -> Figure {
                 number(one.middle(|e| e.bytes as f64 / 1024.0)),
                 number(one.middle(|e| e.dirty_pages as f64 * 4.0)),
             ]);
-            let ship = |e: &Epoch| e.ship_us.unwrap_or(e.commit_us) as f64;
-            let ack = one.middle(|e| (e.commit_us as f64 - ship(e)).max(0.0));
             Bar {
                 label: one.case.label.clone(),
-                parts: vec![one.middle(ship) / 1e3, ack / 1e3],
+                parts: vec![one.middle(|e| e.commit_us as f64) / 1e3],
             }
         })
         .collect();
     let one = usual(seen);
     Figure {
         heading: "How long until the backup has it, while the guest runs (medians)".into(),
-        plot: bars("ms", &["seal, push, check, flip", "acknowledgement"], &rows),
+        plot: bars("ms", &["seal, push, check, flip, acknowledgement"], &rows),
         sentence: format!(
             "{} KiB of 900 pages and the devices are on the backup, checked and acknowledged, {} ms after the \
              guest runs again; output waits for that.",

@@ -153,7 +153,7 @@ impl Seen {
         let events = hosts.primary()?.events();
         let during = from_us..=until_us;
         self.epochs
-            .extend(epochs(&events, &[], |at| during.contains(&at)));
+            .extend(epochs(&events, |at| during.contains(&at)));
         hosts.unprotect()
     }
 

@@ -31,7 +31,8 @@ struct Stage {
     place: Workplace,
     guest: Process,
     _standby: Process,
-    backup: Daemon,
+    /// Ends with it.
+    _backup: Daemon,
     peer: String,
     memory: Memory,
     /// Where its counters are: of milliseconds, and of work behind it.
@@ -120,7 +121,7 @@ impl Stage {
         let socket = dir.join("standby.qmp").display().to_string();
         let options = ["--listen", &peer, "--qmp", &socket].map(str::to_owned);
         Ok(Stage {
-            backup: Daemon::start(dir, "backup", &options)?,
+            _backup: Daemon::start(dir, "backup", &options)?,
             guest: running,
             _standby: standby,
             peer,
@@ -170,9 +171,7 @@ impl Stage {
         let progress = self.watch(time)?;
         let until_us = bench::pair::now_us();
         let during = from_us..=until_us;
-        let seen_epochs = epochs(&primary.events(), &self.backup.events(), |at| {
-            during.contains(&at)
-        });
+        let seen_epochs = epochs(&primary.events(), |at| during.contains(&at));
         ensure!(
             !seen_epochs.is_empty(),
             "no epoch: {}",
