@@ -73,7 +73,7 @@ fn many_injections_between_signals_and_commands_leave_no_trace() {
             });
             let end = SetOnDrop(&over);
             for _ in 0..INJECTIONS {
-                let mut tracker = UffdTracker::attach(ram).unwrap();
+                let mut tracker = attach_again(ram);
                 tracker.arm_all(ram).unwrap();
             }
             drop(end);
@@ -87,6 +87,19 @@ fn many_injections_between_signals_and_commands_leave_no_trace() {
         // And the guest still runs, seen by one more.
         let mut tracker = UffdTracker::attach(&guest.ram).unwrap();
         guest.wait_for_loop(&mut tracker);
+    }
+}
+
+/// A QEMU that another test of this process starts has a copy of the last tracker's descriptor from fork to exec.
+fn attach_again(ram: &GuestRam) -> UffdTracker {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UffdTracker::attach(ram) {
+            Err(TrackerError::Busy { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            attached => return attached.unwrap(),
+        }
     }
 }
 
