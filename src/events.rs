@@ -301,6 +301,10 @@ impl Events {
                 scan: us(report.phases.scan),
                 copy: us(report.phases.copy),
                 cont: us(report.phases.cont),
+                gate: us(report.phases.gate),
+                seal: us(report.phases.seal),
+                push: us(report.phases.push),
+                release: us(report.phases.release),
             },
         });
         if self.said == Said::Tainted && report.kind == EpochKind::Full {

@@ -23,6 +23,14 @@ pub struct Epoch {
     pub scan_us: u64,
     pub copy_us: u64,
     pub cont_us: u64,
+    /// From `stop` submitted: it is moved before the guest stands still.
+    pub gate_us: u64,
+    /// From `cont`'s reply until all chunks are ready.
+    pub seal_us: u64,
+    /// From there to the acknowledgement: push, check, flip, and the way back.
+    pub push_us: u64,
+    /// From there until the epoch's output has left.
+    pub release_us: u64,
     /// From `cont`'s reply to the acknowledgement: seal, push, check, flip, and the way back.
     pub commit_us: u64,
     pub dirty_pages: u64,
@@ -104,6 +112,10 @@ pub fn epochs(primary: &[Value], counts: impl Fn(u64) -> bool) -> Vec<Epoch> {
             scan_us: phase("scan")?,
             copy_us: phase("copy")?,
             cont_us: phase("cont")?,
+            gate_us: phase("gate")?,
+            seal_us: phase("seal")?,
+            push_us: phase("push")?,
+            release_us: phase("release")?,
             commit_us: number("commit_us")?,
             dirty_pages: number("dirty_pages")?,
             precopied_pages: number("precopied_pages")?,

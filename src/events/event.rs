@@ -164,6 +164,10 @@ pub(super) struct Phases {
     pub(super) scan: u64,
     pub(super) copy: u64,
     pub(super) cont: u64,
+    pub(super) gate: u64,
+    pub(super) seal: u64,
+    pub(super) push: u64,
+    pub(super) release: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -62,7 +62,7 @@ fn epochs_and_audits_are_told_in_numbers() {
         { "event": "epoch", "epoch": 3, "kind": "full", "pause_us": 1900, "dirty_pages": 12, "precopied_pages": 5,
           "bytes": 50_000, "commit_us": 700,
           "phases_us": { "stop": 100, "save": 1500, "harvest": 1200, "scan": 300, "copy": 600,
-                         "cont": 200 } },
+                         "cont": 200, "gate": 50, "seal": 250, "push": 450, "release": 900 } },
         { "event": "audit", "epoch": 3, "ok": false, "mismatched_blocks": [4] },
     ]);
     assert_eq!(Value::from(told), expected);
@@ -84,6 +84,10 @@ fn epoch(number: u64, kind: EpochKind) -> primary::Report {
             scan: Duration::from_micros(300),
             copy: Duration::from_micros(600),
             cont: Duration::from_micros(200),
+            gate: Duration::from_micros(50),
+            seal: Duration::from_micros(250),
+            push: Duration::from_micros(450),
+            release: Duration::from_micros(900),
         },
     })
 }

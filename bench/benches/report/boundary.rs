@@ -185,6 +185,8 @@ impl Seen {
             "phases_us": {
                 "stop": of(|e| e.stop_us), "save": of(|e| e.save_us), "harvest": of(|e| e.harvest_us),
                 "scan": of(|e| e.scan_us), "copy": of(|e| e.copy_us), "cont": of(|e| e.cont_us),
+                "gate": of(|e| e.gate_us), "seal": of(|e| e.seal_us), "push": of(|e| e.push_us),
+                "release": of(|e| e.release_us),
             },
             "gather_gb_per_s": self.gather_speed(),
         })
@@ -434,14 +436,16 @@ fn behind(seen: &[Seen]) -> Figure {
             ]);
             Bar {
                 label: one.case.label.clone(),
-                parts: vec![one.middle(|e| e.commit_us as f64) / 1e3],
+                parts: [|e: &Epoch| e.seal_us, |e: &Epoch| e.push_us]
+                    .map(|part| one.middle(|e| part(e) as f64) / 1e3)
+                    .to_vec(),
             }
         })
         .collect();
     let one = usual(seen);
     Figure {
         heading: "How long until the backup has it, while the guest runs (medians)".into(),
-        plot: bars("ms", &["seal, push, check, flip, acknowledgement"], &rows),
+        plot: bars("ms", &["seal", "push, check, flip, acknowledgement"], &rows),
         sentence: format!(
             "{} KiB of 900 pages and the devices are on the backup, checked and acknowledged, {} ms after the \
              guest runs again; output waits for that.",

@@ -338,7 +338,7 @@ pub struct EpochReport {
     pub phases: Phases,
 }
 
-/// Where a pause went. Save and harvest run at the same time.
+/// Where an epoch's time went. Save and harvest run at the same time; a commit is `seal` and `push`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Phases {
     /// `stop` submitted → its reply.
@@ -351,6 +351,14 @@ pub struct Phases {
     pub copy: Duration,
     /// `cont` submitted → its reply.
     pub cont: Duration,
+    /// `stop` submitted → the gate is moved, which is not part of the pause.
+    pub gate: Duration,
+    /// Reply to `cont` → the last chunk is ready: what is packed is packed by then.
+    pub seal: Duration,
+    /// The last chunk is ready → acknowledgement: push, check, flip, and the way back.
+    pub push: Duration,
+    /// Acknowledgement → the epoch's output has left.
+    pub release: Duration,
 }
 
 /// For `status`.

@@ -127,6 +127,7 @@ impl Primary {
             precopied_pages: 0,
             bytes: 0,
             last_ready: false,
+            sealed_at: self.now,
             last_pushed: false,
             acknowledged: None,
             released: false,
@@ -212,6 +213,7 @@ impl Primary {
     pub(super) fn on_gate_moved(&mut self) {
         if let Some(boundary) = &mut self.boundary {
             boundary.gate = false;
+            boundary.phases.gate = self.now.since(boundary.started);
             self.advance_boundary();
         }
     }

@@ -28,6 +28,8 @@ pub(super) struct Inflight {
     pub(super) precopied_pages: u64,
     pub(super) bytes: u64,
     pub(super) last_ready: bool,
+    /// When it was.
+    pub(super) sealed_at: Micros,
     pub(super) last_pushed: bool,
     pub(super) acknowledged: Option<Micros>,
     pub(super) released: bool,
@@ -77,6 +79,7 @@ impl Primary {
             Some(inflight) => {
                 inflight.bytes += bytes;
                 inflight.last_ready |= last;
+                inflight.sealed_at = self.now;
             }
             None if last => return, // of an epoch that was given up
             None => self.note_sync_chunk(index, bytes),
@@ -177,6 +180,12 @@ impl Primary {
         };
         // A guest that an operator has stopped, or that is being switched over, has no `cont`.
         let (resumed_at, pause) = inflight.resumed.unwrap_or((acknowledged, Duration::ZERO));
+        let phases = Phases {
+            seal: inflight.sealed_at.since(resumed_at),
+            push: acknowledged.since(inflight.sealed_at),
+            release: self.now.since(acknowledged),
+            ..inflight.phases
+        };
         let report = EpochReport {
             epoch: inflight.epoch,
             kind: inflight.kind,
@@ -185,7 +194,7 @@ impl Primary {
             precopied_pages: inflight.precopied_pages,
             bytes: inflight.bytes,
             commit: acknowledged.since(resumed_at),
-            phases: inflight.phases,
+            phases,
         };
         let (ran, boundary_at) = (inflight.ran, inflight.boundary_at);
         self.report(Report::Epoch(report));
