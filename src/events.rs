@@ -245,6 +245,7 @@ impl Events {
                 kind,
                 chunks,
                 pages,
+                phases,
             } => {
                 let (epoch, kind, chunks, pages) = (epoch.0, (*kind).into(), *chunks, *pages);
                 self.write(Event::Flipped {
@@ -252,6 +253,12 @@ impl Events {
                     kind,
                     chunks,
                     pages,
+                    phases_us: event::BackupPhases {
+                        arrive: us(phases.arrive),
+                        check: us(phases.check),
+                        flip: us(phases.flip),
+                        apply_before: us(phases.apply_before),
+                    },
                 });
             }
             Report::Audit {

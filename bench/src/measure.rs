@@ -39,6 +39,19 @@ pub struct Epoch {
     pub bytes: u64,
 }
 
+/// What the backup says of one acknowledged epoch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Flip {
+    /// From the first chunk to the last.
+    pub arrive_us: u64,
+    /// From there until all are checked.
+    pub check_us: u64,
+    /// From there to the flip.
+    pub flip_us: u64,
+    /// How long it took to apply the epoch before.
+    pub apply_us: u64,
+}
+
 /// What was seen of a protected guest for some time.
 #[derive(Clone, Debug, Default)]
 pub struct Boundaries {
@@ -47,6 +60,7 @@ pub struct Boundaries {
     /// STOP → RESUME of the same QMP commands alone, on the same guest in between.
     pub floors_us: Vec<u64>,
     pub epochs: Vec<Epoch>,
+    pub flips: Vec<Flip>,
     pub elapsed: Duration,
     /// As the daemon says it.
     pub gate: String,
@@ -92,6 +106,7 @@ pub fn boundaries(setup: &Setup, time: Duration) -> Result<Boundaries> {
         pauses_us,
         floors_us,
         epochs: epochs(&events, |at| during.contains(&at)),
+        flips: flips(&pair.backup.events(), |at| during.contains(&at)),
         elapsed: Duration::from_micros(until_us - from_us),
         gate: text("gate"),
         tracker: text("tracker"),
@@ -122,10 +137,29 @@ pub fn epochs(primary: &[Value], counts: impl Fn(u64) -> bool) -> Vec<Epoch> {
             bytes: number("bytes")?,
         })
     };
-    let wanted = |e: &&Value| {
-        e["event"] == "epoch" && e["kind"] == "delta" && e["time_us"].as_u64().is_some_and(&counts)
-    };
+    let wanted = |e: &&Value| is_delta(e, "epoch", &counts);
     primary.iter().filter(wanted).filter_map(epoch).collect()
+}
+
+/// The same of a backup's log.
+fn flips(backup: &[Value], counts: impl Fn(u64) -> bool) -> Vec<Flip> {
+    let flip = |event: &Value| {
+        let phase = |name: &str| event["phases_us"][name].as_u64();
+        Some(Flip {
+            arrive_us: phase("arrive")?,
+            check_us: phase("check")?,
+            flip_us: phase("flip")?,
+            apply_us: phase("apply_before")?,
+        })
+    };
+    let wanted = |e: &&Value| is_delta(e, "flipped", &counts);
+    backup.iter().filter(wanted).filter_map(flip).collect()
+}
+
+fn is_delta(event: &Value, name: &str, counts: impl Fn(u64) -> bool) -> bool {
+    event["event"] == name
+        && event["kind"] == "delta"
+        && event["time_us"].as_u64().is_some_and(counts)
 }
 
 /// How long a guest was gone, in microseconds.

@@ -108,6 +108,7 @@ pub(super) enum Event<'a> {
         kind: Kind,
         chunks: u32,
         pages: u64,
+        phases_us: BackupPhases,
     },
     PrimaryLeft,
     LinkLost {
@@ -168,6 +169,14 @@ pub(super) struct Phases {
     pub(super) seal: u64,
     pub(super) push: u64,
     pub(super) release: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct BackupPhases {
+    pub(super) arrive: u64,
+    pub(super) check: u64,
+    pub(super) flip: u64,
+    pub(super) apply_before: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -252,6 +261,7 @@ mod tests {
                 kind,
                 chunks: 1,
                 pages: 1,
+                phases_us: BackupPhases::default(),
             },
             Event::LinkLost { text },
             Event::Activating {

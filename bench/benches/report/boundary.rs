@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bench::guest::{Guest, Work};
-use bench::measure::{Boundaries, Epoch, boundaries};
+use bench::measure::{Boundaries, Epoch, Flip, boundaries};
 use bench::proxy::Floor;
 use bench::report::plot::{Axis, Bar, Scale, Series, bars, lines, number};
 use bench::report::{Bound, Figure, Group, Latency, Ratio, Table, median};
@@ -169,6 +169,7 @@ impl Seen {
         } = self;
         let scheduled = |times: &[u64]| Latency::of_scheduled_us(times, EPOCH).to_json();
         let of = |pick: fn(&Epoch) -> u64| Latency::of_us(&runs.of(pick)).to_json();
+        let there = |pick: fn(&Flip) -> u64| Latency::of_us(&self.flips(pick)).to_json();
         json!({
             "guest": case.label, "machine": case.guest.machine, "accel": case.guest.accel,
             "ram_mib": case.guest.ram_mib, "vcpus": case.guest.vcpus, "qemu": runs.qemu,
@@ -187,6 +188,8 @@ impl Seen {
                 "scan": of(|e| e.scan_us), "copy": of(|e| e.copy_us), "cont": of(|e| e.cont_us),
                 "gate": of(|e| e.gate_us), "seal": of(|e| e.seal_us), "push": of(|e| e.push_us),
                 "release": of(|e| e.release_us),
+                "arrive": there(|f| f.arrive_us), "check": there(|f| f.check_us),
+                "flip": there(|f| f.flip_us), "apply": there(|f| f.apply_us),
             },
             "gather_gb_per_s": self.gather_speed(),
         })
@@ -194,6 +197,10 @@ impl Seen {
 
     fn middle(&self, pick: impl Fn(&Epoch) -> f64) -> f64 {
         median(&self.runs.epochs.iter().map(pick).collect::<Vec<_>>())
+    }
+
+    fn flips(&self, pick: impl Fn(&Flip) -> u64) -> Vec<u64> {
+        self.runs.flips.iter().map(pick).collect()
     }
 
     /// Bytes copied out of RAM in a second while the guest stands still.
@@ -419,12 +426,19 @@ fn behind(seen: &[Seen]) -> Figure {
         "max",
         "KiB an epoch",
         "dirty KiB",
+        "check p50 µs",
+        "flip",
+        "release",
+        "apply",
     ]);
     let rows: Vec<_> = seen
         .iter()
         .map(|one| {
             let commit = Latency::of_us(&one.runs.of(|e| e.commit_us));
             let at = |percent| number(commit.percentile_us(percent) / 1e3);
+            let there = |pick: fn(&Flip) -> u64| Latency::of_us(&one.flips(pick)).p50_us();
+            let (check, flip) = (there(|f| f.check_us), there(|f| f.flip_us));
+            let here = |pick: fn(&Epoch) -> u64| one.middle(|e| pick(e) as f64);
             table.row([
                 one.case.label.clone(),
                 at(50.0),
@@ -433,11 +447,16 @@ fn behind(seen: &[Seen]) -> Figure {
                 at(100.0),
                 number(one.middle(|e| e.bytes as f64 / 1024.0)),
                 number(one.middle(|e| e.dirty_pages as f64 * 4.0)),
+                number(check),
+                number(flip),
+                number(here(|e| e.release_us)),
+                number(there(|f| f.apply_us)),
             ]);
+            let on_the_way = (here(|e| e.push_us) - check - flip).max(0.0);
             Bar {
                 label: one.case.label.clone(),
-                parts: [|e: &Epoch| e.seal_us, |e: &Epoch| e.push_us]
-                    .map(|part| one.middle(|e| part(e) as f64) / 1e3)
+                parts: [here(|e| e.seal_us), on_the_way, check, flip]
+                    .map(|us| us / 1e3)
                     .to_vec(),
             }
         })
@@ -445,7 +464,11 @@ fn behind(seen: &[Seen]) -> Figure {
     let one = usual(seen);
     Figure {
         heading: "How long until the backup has it, while the guest runs (medians)".into(),
-        plot: bars("ms", &["seal", "push, check, flip, acknowledgement"], &rows),
+        plot: bars(
+            "ms",
+            &["seal", "push and acknowledgement", "check", "flip"],
+            &rows,
+        ),
         sentence: format!(
             "{} KiB of 900 pages and the devices are on the backup, checked and acknowledged, {} ms after the \
              guest runs again; output waits for that.",

@@ -187,6 +187,7 @@ pub enum Report {
         kind: EpochKind,
         chunks: u32,
         pages: u64,
+        phases: Phases,
     },
     Audit {
         epoch: Epoch,
@@ -216,6 +217,19 @@ pub enum Report {
     },
     Error(String),
     Note(String),
+}
+
+/// Where an epoch's time went on this side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Phases {
+    /// The first chunk is here → the last one.
+    pub arrive: Duration,
+    /// The last one is here → all of them are checked.
+    pub check: Duration,
+    /// All are checked → flip, which waits until the epoch before is applied.
+    pub flip: Duration,
+    /// How long it took to write the epoch before to the standby's RAM.
+    pub apply_before: Duration,
 }
 
 /// Why a backup activates.

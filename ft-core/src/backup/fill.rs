@@ -5,10 +5,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Action, Backup, CheckWhen, LinkId, Report, State};
+use super::{Action, Backup, CheckWhen, LinkId, Phases, Report, State};
 use crate::image::{CheckedChunk, Trailer, check_epoch};
 use crate::limits::EPOCH_CHUNKS_MAX;
-use crate::types::{ChunkId, Epoch, EpochKind, GrantToken, SlotId};
+use crate::types::{ChunkId, Epoch, EpochKind, GrantToken, Micros, SlotId};
 use crate::wire::{ChunkTag, GrantBatch, Message};
 
 /// Chunks that a live round may have on the way or waiting to be applied.
@@ -27,6 +27,10 @@ pub(super) struct Fill {
     outstanding: u32,
     stage: Stage,
     complete: Option<(EpochKind, Trailer)>,
+    /// When the first chunk was here, the last one, and when all of them were checked.
+    began: Option<Micros>,
+    arrived: Option<Micros>,
+    checked: Option<Micros>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +99,9 @@ impl Backup {
             outstanding: 0,
             stage: Stage::Filling,
             complete: None,
+            began: None,
+            arrived: None,
+            checked: None,
         });
         self.grant_fill();
     }
@@ -202,6 +209,7 @@ impl Backup {
             },
         );
         fill.outstanding = fill.outstanding.saturating_sub(1);
+        fill.began.get_or_insert(self.now);
         if tag.last {
             fill.last = Some(tag.index);
         }
@@ -210,6 +218,7 @@ impl Backup {
         let complete = fill.last.is_some_and(|last| arrived == last + 1);
         if complete {
             fill.stage = Stage::Revoking;
+            fill.arrived = Some(self.now);
         }
         if check == CheckWhen::OnArrival {
             let frame = self.frame(epoch);
@@ -290,6 +299,7 @@ impl Backup {
         match check_epoch(&checked) {
             Ok(trailer) if trailer.base == self.last_flipped => {
                 fill.complete = checked.first().map(|c| (c.kind, trailer));
+                fill.checked = Some(self.now);
             }
             Ok(trailer) => {
                 let (base, ours) = (trailer.base, self.last_flipped);
@@ -312,8 +322,21 @@ impl Backup {
         let Some(fill) = self.fill.take_if(|f| f.complete.is_some()) else {
             return;
         };
+        let phases = self.phases(&fill);
         if let Some((kind, trailer)) = fill.complete {
-            self.flip(fill.epoch, kind, &fill.chunks, trailer);
+            self.flip(fill.epoch, kind, &fill.chunks, trailer, phases);
+        }
+    }
+
+    /// Of an epoch that flips now.
+    fn phases(&self, fill: &Fill) -> Phases {
+        let arrived = fill.arrived.unwrap_or(self.now);
+        let checked = fill.checked.unwrap_or(self.now);
+        Phases {
+            arrive: arrived.since(fill.began.unwrap_or(arrived)),
+            check: checked.since(arrived),
+            flip: self.now.since(checked),
+            apply_before: self.apply_took,
         }
     }
 
@@ -324,6 +347,7 @@ impl Backup {
         kind: EpochKind,
         chunks: &BTreeMap<u32, Slotted>,
         trailer: Trailer,
+        phases: Phases,
     ) {
         self.last_flipped = epoch;
         self.run_state = trailer.run_state;
@@ -338,6 +362,7 @@ impl Backup {
             kind,
             chunks: count,
             pages: trailer.data_pages + trailer.zero_pages,
+            phases,
         });
         if self.state == State::Syncing || (self.state == State::Tainted && kind == EpochKind::Full)
         {
@@ -367,6 +392,7 @@ impl Backup {
         }) = self.held.take()
         {
             self.applying = Some(epoch);
+            self.apply_began = self.now;
             self.act(Action::Apply {
                 epoch,
                 chunks,

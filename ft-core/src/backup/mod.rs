@@ -18,6 +18,7 @@ mod fill;
 mod session;
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 pub use api::*;
 
@@ -49,6 +50,9 @@ pub struct Backup {
     asked: VecDeque<Asked>,
     /// The epoch that the worker is applying.
     applying: Option<Epoch>,
+    apply_began: Micros,
+    /// How long the last one took.
+    apply_took: Duration,
     /// A flipped epoch whose apply a rehearsal holds up.
     held: Option<Pending>,
     /// Chunks of recent epochs: how many to grant in advance.
@@ -81,6 +85,8 @@ impl Backup {
             sync: None,
             asked: VecDeque::new(),
             applying: None,
+            apply_began: now,
+            apply_took: Duration::ZERO,
             held: None,
             recent_chunks: 0,
             activation: None,
@@ -198,6 +204,7 @@ impl Backup {
             return; // of a session that is over
         }
         self.last_applied = epoch;
+        self.apply_took = self.now.since(self.apply_began);
         if let Some(mismatched_blocks) = audit {
             let clean = mismatched_blocks.is_empty();
             self.report(Report::Audit {
