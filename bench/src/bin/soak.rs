@@ -202,8 +202,12 @@ fn kill_once(arguments: &Arguments, aim: Phase, draw: u64) -> Result<Outcome> {
 fn audits(pair: &Pair) -> Result<usize> {
     let events = pair.primary.events();
     let audits: Vec<_> = events.iter().filter(|e| e["event"] == "audit").collect();
-    let different = audits.iter().filter(|e| e["ok"] != true).count();
-    ensure!(different == 0, "{different} audits found a difference");
+    let different: Vec<_> = audits.iter().filter(|e| e["ok"] != true).collect();
+    ensure!(
+        different.is_empty(),
+        "{} audits found a difference: {different:?}",
+        different.len()
+    );
     Ok(audits.len())
 }
 

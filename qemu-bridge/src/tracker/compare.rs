@@ -1,15 +1,18 @@
 //! All of RAM is compared with a shadow copy: works on every kernel, needs no privilege for RAM
 //! that is mapped, and costs as much time as reading RAM twice and as much memory as RAM.
 //!
-//! The shadow takes the bytes that `collect` has seen. The gather reads the page again, later:
-//! in a live round that copy may be newer than the shadow, and then the next `collect` reports
-//! the page once more.
+//! The shadow has what the last copy has. `collect` takes the bytes that it has seen, which are those of
+//! a copy made while the guest stands still. In a live round the copy is made later, and may be newer:
+//! then the shadow takes the copy's. Otherwise a byte that is written, copied and written back would
+//! look as if nothing had happened, and the copy would keep what was there for a moment.
 
+use ft_core::image::Piece;
 use ft_core::types::PAGE_BYTES;
 use ft_core::{BlockId, DirtySet, PageRun};
 use memmap2::MmapMut;
 
 use super::{Collected, Tracker, TrackerError};
+use crate::gather::is_zero;
 use crate::guest_ram::{GuestRam, RamError};
 
 /// Pages compared at a time: small enough for the second-level cache.
@@ -75,6 +78,14 @@ impl CompareTracker {
     }
 }
 
+impl CompareTracker {
+    fn shadow_of(&mut self, run: PageRun) -> &mut [u8] {
+        let first = usize::try_from(run.first).expect("a page of a mapped block");
+        let count = usize::try_from(run.count).expect("a page of a mapped block");
+        &mut self.shadows[usize::from(run.block.0)][first * PAGE_BYTES..][..count * PAGE_BYTES]
+    }
+}
+
 impl Tracker for CompareTracker {
     fn name(&self) -> &'static str {
         "compare"
@@ -91,6 +102,22 @@ impl Tracker for CompareTracker {
             into.set(run);
         })?;
         Ok(collected)
+    }
+
+    fn copied(&mut self, piece: &Piece<'_>) {
+        match piece {
+            Piece::Data { run, bytes } => self.shadow_of(*run).copy_from_slice(bytes),
+            // Writing zeros would take memory for pages that were never written.
+            Piece::Zero { run } => {
+                let pages = self.shadow_of(*run).chunks_exact_mut(PAGE_BYTES);
+                for page in pages.filter(|page| !is_zero(page)) {
+                    page.fill(0);
+                }
+            }
+            Piece::Packed { .. } | Piece::Device { .. } | Piece::PackedDevice { .. } => {
+                unreachable!("a live round has only pages as they are")
+            }
+        }
     }
 
     /// Comparing can't see a write that changes nothing, so the shadow is changed instead.

@@ -10,6 +10,7 @@ pub mod uffd;
 
 use std::io;
 
+use ft_core::image::Piece;
 use ft_core::{BlockId, DirtySet, PageRun};
 
 use crate::guest_ram::{GuestRam, RamError};
@@ -63,6 +64,10 @@ pub trait Tracker: Send + std::fmt::Debug {
     fn arms_live(&self) -> bool {
         false
     }
+
+    /// Told of every piece that was copied while the guest runs, after it was collected, or armed: a
+    /// tracker that finds writes by what they change has to know what the copy has.
+    fn copied(&mut self, _piece: &Piece<'_>) {}
 
     /// The pages that a write to this one may report.
     fn reported_with(&self, block: BlockId, page: u64) -> PageRun {

@@ -1,5 +1,8 @@
 //! Guests that write their RAM in ways that the tests know.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use ft_core::image::{ChunkBuilder, ChunkHead, Expect, check_chunk};
@@ -187,6 +190,19 @@ impl Guest {
             bytes
         };
         (0..).zip(pages).map(copy).collect()
+    }
+
+    /// Fills each page of the shared main RAM with a byte of its own.
+    pub(crate) fn write_pages(&self, run: PageRun, fill: &[u8]) {
+        let Backing::Shared { fd, .. } = &self.blocks[usize::from(run.block.0)].backing else {
+            panic!("main RAM is not shared")
+        };
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let file = File::options().write(true).open(path).unwrap();
+        for (page, byte) in (run.first..).zip(fill) {
+            let at = page * PAGE_BYTES as u64;
+            file.write_all_at(&[*byte; PAGE_BYTES], at).unwrap();
+        }
     }
 
     /// Bytes that the shared main RAM takes.

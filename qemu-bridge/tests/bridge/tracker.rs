@@ -2,15 +2,16 @@
 
 use std::time::{Duration, Instant};
 
+use ft_core::image::entries;
 use ft_core::types::PAGE_BYTES;
-use ft_core::{BlockId, DirtySet};
+use ft_core::{BlockId, DirtySet, PageRun};
 use qemu_bridge::guest_ram::GuestRam;
 use qemu_bridge::qmp::Command;
 use qemu_bridge::tracker::{
     Collected, CompareTracker, Tracker, TrackerChoice, TrackerError, choose, self_test,
 };
 
-use crate::guests::{Guest, MainRam, accelerators, byte_range};
+use crate::guests::{Guest, MainRam, accelerators, byte_range, gather};
 use crate::support::{PATIENCE, qemus};
 
 const SCANS: usize = 5;
@@ -166,6 +167,36 @@ fn live_rounds_and_a_paused_one_leave_nothing_out() {
             );
             guest.cont();
         }
+    }
+}
+
+#[test]
+fn comparing_sees_what_was_undone_after_a_live_copy() {
+    let tcg = ["-accel", "tcg", "-machine", "pc", "-nodefaults"];
+    let mut guest = Guest::start("qemu-system-x86_64", &tcg, MainRam::Shared, 64);
+    guest.stop();
+    let mut tracker = CompareTracker::new(&guest.ram).unwrap();
+    let pages = PageRun {
+        count: 2,
+        ..guest.touched()
+    };
+    let mut written = guest.dirty_set();
+    written.set(pages);
+    // One page has bytes and is zero when it is copied; the other one the other way round.
+    for [before, meanwhile] in [[[1, 0], [0, 1]], [[1, 2], [3, 4]]] {
+        guest.write_pages(pages, &before);
+        tracker.arm_all(&guest.ram).unwrap();
+        guest.write_pages(pages, &meanwhile);
+        for chunk in gather(&guest.ram, &written, false) {
+            entries(&chunk).for_each(|piece| tracker.copied(&piece));
+        }
+        guest.write_pages(pages, &before);
+        let mut dirty = guest.dirty_set();
+        tracker.collect(&guest.ram, &mut dirty).unwrap();
+        assert!(dirty.runs().eq([pages]), "{before:?} {meanwhile:?}");
+        dirty.clear();
+        tracker.collect(&guest.ram, &mut dirty).unwrap();
+        assert!(dirty.is_empty(), "{before:?} {meanwhile:?}");
     }
 }
 

@@ -318,6 +318,7 @@ impl PrimaryWorker {
                 Ok(progress) => progress,
                 Err(error) => return failed(Step::Round, &error),
             };
+            builder.pieces().for_each(|it| self.tracker.copied(&it));
             if !builder.is_empty() {
                 let (sealed, memory) = builder.finish(false);
                 let chunk = memory.freeze(sealed.used_bytes);
