@@ -1,5 +1,5 @@
 //! One epoch there and its acknowledgement back, over anything that can carry it. Both ends live in
-//! this process, each in a thread of its own.
+//! this process, each in a thread of its own, on a processor of its own.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener as PlainListener, TcpStream};
@@ -12,6 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use transport::link::CHUNK_BYTES;
 use transport::tcp::{Incoming, PairingId, TcpConfig, TcpConnector, TcpListener};
 use transport::{Arena, Chunk, ChunkMut, Event, Grant, Link};
+
+use crate::processor::Pinned;
 
 const PAGE_BYTES: usize = 4096;
 /// A chunk's first page holds its header and its entries.
@@ -58,6 +60,15 @@ fn sum(bytes: &[u8]) {
     std::hint::black_box(checksum(CrcAlgorithm::Crc32Iscsi, bytes));
 }
 
+/// For the far ends; the near one is pinned by the group.
+fn far_processor() -> Option<Pinned> {
+    let pinned = Pinned::to(1);
+    if let Err(error) = &pinned {
+        eprintln!("report: the far end's processor: {error:#}");
+    }
+    pinned.ok()
+}
+
 /// Plain blocking sockets.
 pub(crate) struct Sockets {
     near: TcpStream,
@@ -73,7 +84,10 @@ pub(crate) fn sockets(epoch: &Epoch) -> Result<Sockets> {
     far.set_nodelay(true)?;
     let buffers = || epoch.chunks.iter().map(|_| vec![1; CHUNK_BYTES]).collect();
     let (theirs, room) = (epoch.clone(), buffers());
-    std::thread::spawn(move || answer(far, &theirs, room));
+    std::thread::spawn(move || {
+        let _pinned = far_processor();
+        answer(far, &theirs, room);
+    });
     Ok(Sockets {
         near,
         epoch: epoch.clone(),
@@ -179,6 +193,7 @@ impl<L: Link> Ours<L> {
     ) -> Result<Ours<L>> {
         let theirs = epoch.clone();
         std::thread::spawn(move || {
+            let _pinned = far_processor();
             let received = far().and_then(|link| receive(link, &theirs));
             if let Err(error) = received {
                 eprintln!("report: the link's far end: {error:#}");

@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use anyhow::Result;
 use bench::report::plot::{Axis, Scale, Series, lines, number};
-use bench::report::{Bound, Figure, Group, Latency, Ratio, Table};
+use bench::report::{Bound, Figure, Group, Latency, Ratio, Table, median};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use serde_json::json;
 
+use crate::iperf::Iperf;
 use crate::laps::{self, Epoch, Lap};
 use crate::options::Options;
+use crate::processor::Pinned;
 
 const PAGES: [usize; 7] = [0, 16, 256, 1024, 4096, 16_384, 65_536];
 /// The limits: of the speed from so many pages on, of the time up to so many.
@@ -38,7 +40,13 @@ pub(crate) fn measure(options: &Options, criterion: &mut Criterion) -> Result<Gr
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(time);
     let mut all = BTreeMap::new();
+    let iperf = Iperf::start();
+    let mut iperf_speeds = Vec::new();
     for pages in PAGES {
+        if let Ok(iperf) = &iperf {
+            iperf_speeds.push(iperf.measure()?);
+        }
+        let _pinned = Pinned::to(0)?;
         let epoch = Epoch::new(pages);
         group.throughput(Throughput::Bytes(epoch.bytes() as u64));
         let mut seen = Seen::default();
@@ -64,7 +72,8 @@ pub(crate) fn measure(options: &Options, criterion: &mut Criterion) -> Result<Gr
         all.insert(pages, seen);
     }
     group.finish();
-    Ok(report(&all))
+    let iperf = iperf.map(|_| median(&iperf_speeds));
+    Ok(report(&all, iperf))
 }
 
 fn recorded(into: &mut Latency, what: &mut impl Lap) -> Duration {
@@ -73,8 +82,9 @@ fn recorded(into: &mut Latency, what: &mut impl Lap) -> Duration {
     took
 }
 
-fn report(all: &BTreeMap<usize, Seen>) -> Group {
-    let data: serde_json::Map<_, _> = all
+/// `iperf`: bytes a second.
+fn report(all: &BTreeMap<usize, Seen>, iperf: Result<f64>) -> Group {
+    let mut data: serde_json::Map<_, _> = all
         .iter()
         .map(|(pages, seen)| {
             let one = json!({
@@ -84,17 +94,23 @@ fn report(all: &BTreeMap<usize, Seen>) -> Group {
             (pages.to_string(), one)
         })
         .collect();
+    let mut missing =
+        vec!["RDMA: only soft-RoCE can be had here, inside the lab (docs/lab.md)".to_owned()];
+    let iperf = match iperf {
+        Ok(speed) => Some(speed / 1e9),
+        Err(error) => {
+            missing.push(format!("{error:#}"));
+            None
+        }
+    };
+    data.insert("iperf3_gb_per_s".into(), iperf.into());
     Group {
         name: "link",
         title: "Link: an epoch there, its acknowledgement back",
         data: data.into(),
-        figures: vec![times(all), speeds(all)],
+        figures: vec![times(all), speeds(all, iperf)],
         ratios: ratios(all),
-        missing: vec![
-            "RDMA: only soft-RoCE can be had here, inside the lab (docs/lab.md)".into(),
-            "iperf3, ib_write_bw: the sockets here carry the same bytes with the same checksum"
-                .into(),
-        ],
+        missing,
     }
 }
 
@@ -160,10 +176,28 @@ fn times(all: &BTreeMap<usize, Seen>) -> Figure {
     }
 }
 
-fn speeds(all: &BTreeMap<usize, Seen>) -> Figure {
+/// `iperf`: GB a second.
+fn speeds(all: &BTreeMap<usize, Seen>, iperf: Option<f64>) -> Figure {
     let speed =
         |pages, latency: &Latency| Epoch::new(pages).bytes() as f64 / latency.p50_us() / 1e3;
     let seen = &all[&FAST_FROM];
+    let mut shown = series(all, speed);
+    shown.extend(iperf.map(|speed| {
+        Series {
+            name: "iperf3".into(),
+            points: all
+                .keys()
+                .map(|pages| ((*pages).max(1) as f64, speed))
+                .collect(),
+            limit: true,
+        }
+    }));
+    let without = iperf.map_or_else(String::new, |speed| {
+        format!(
+            "; iperf3 {} GB/s, without checksums and answers",
+            number(speed)
+        )
+    });
     Figure {
         heading: "The same as a speed".into(),
         plot: lines(
@@ -175,10 +209,10 @@ fn speeds(all: &BTreeMap<usize, Seen>) -> Figure {
                 label: "GB/s",
                 scale: Scale::Linear,
             },
-            &series(all, speed),
+            &shown,
         ),
         sentence: format!(
-            "At {} pages the link moves {} GB/s over loopback, plain sockets {} GB/s.",
+            "At {} pages the link moves {} GB/s over loopback, plain sockets {} GB/s{without}.",
             number(FAST_FROM as f64),
             number(speed(FAST_FROM, &seen.tcp)),
             number(speed(FAST_FROM, &seen.sockets))

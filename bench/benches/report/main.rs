@@ -5,10 +5,12 @@ mod boundary;
 mod databases;
 mod failover;
 mod harvest;
+mod iperf;
 mod laps;
 mod link;
 mod options;
 mod peers;
+mod processor;
 mod ram;
 mod tax;
 
