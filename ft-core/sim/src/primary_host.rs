@@ -369,12 +369,13 @@ impl World {
                 }
             }
             Action::PauseVm => self.qmp(Qmp::Stop),
-            Action::SaveDevices => {
+            Action::PauseAndSave { .. } => {
                 if let Some(unreleased) = daemon.releasing {
                     let text = format!("a boundary before the release of {unreleased} returned");
                     return self.violation(text);
                 }
                 self.primary.phase = Phase::Boundary;
+                self.qmp(Qmp::Stop);
                 self.qmp(Qmp::Save);
             }
             Action::Precopy { .. } => self.work(Job::Precopy),

@@ -53,7 +53,7 @@ pub enum Input<'a> {
     LinkDown(LinkDown),
     Message(&'a [u8]),
 
-    /// `stop` has returned: the guest is paused and its disks are drained.
+    /// The guest is paused and its disks are drained.
     Paused,
     /// The device state is in the sink.
     Saved {
@@ -64,7 +64,7 @@ pub enum Input<'a> {
     /// Dirty pages are armed again and all of them are in chunks.
     Harvested(Harvest),
     GateMoved,
-    /// `cont` has returned.
+    /// QEMU has been told to let the guest go on, and has done it.
     Resumed,
     /// A step of the boundary failed; QEMU or the kernel said why.
     StepFailed {
@@ -181,8 +181,11 @@ pub enum Action {
     },
     /// → [`Input::Paused`]
     PauseVm,
-    /// → [`Input::Saved`]. Goes out in the same write as the pause.
-    SaveDevices,
+    /// Stop the guest and save its devices. → [`Input::Paused`] and [`Input::Saved`]. With `resumes`,
+    /// [`Action::ResumeVm`] follows, and QEMU need not end the save before that.
+    PauseAndSave {
+        resumes: bool,
+    },
     /// Take the dirty set into the epoch and copy it. → [`Input::ChunkReady`] as chunks fill,
     /// then [`Input::Harvested`]
     Harvest {
@@ -198,7 +201,7 @@ pub enum Action {
     },
     /// Keep what the guest sends from now on apart from what is held. → [`Input::GateMoved`]
     MoveGate,
-    /// → [`Input::Resumed`]
+    /// As soon as the device state is saved. → [`Input::Resumed`]
     ResumeVm,
     /// The epoch's output may leave. → [`Input::Released`]
     Release(Epoch),
@@ -326,34 +329,35 @@ pub enum Report {
 pub struct EpochReport {
     pub epoch: Epoch,
     pub kind: EpochKind,
-    /// `stop` submitted → reply to `cont`.
+    /// `stop` submitted → the guest is known to go on.
     pub pause: Duration,
     pub dirty_pages: u64,
     /// Of those, the ones that were copied before the pause.
     pub precopied_pages: u64,
     /// Bytes pushed.
     pub bytes: u64,
-    /// Reply to `cont` → acknowledgement.
+    /// The guest is known to go on → acknowledgement.
     pub commit: Duration,
     pub phases: Phases,
 }
 
-/// Where an epoch's time went. Save and harvest run at the same time; a commit is `seal` and `push`.
+/// Where an epoch's time went. Save and harvest run at the same time, and what is left of the save when the
+/// harvest ends is in `cont` as well; a commit is `seal` and `push`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Phases {
-    /// `stop` submitted → its reply.
+    /// `stop` submitted → the guest is known to be paused.
     pub stop: Duration,
-    /// Reply to `stop` → reply to the save.
+    /// From there → the save is known to be done.
     pub save: Duration,
-    /// Reply to `stop` → the harvest is known to be done; `scan` and `copy` are in it.
+    /// From there → the harvest is known to be done; `scan` and `copy` are in it.
     pub harvest: Duration,
     pub scan: Duration,
     pub copy: Duration,
-    /// `cont` submitted → its reply.
+    /// The guest may go on → it is known to.
     pub cont: Duration,
     /// `stop` submitted → the gate is moved, which is not part of the pause.
     pub gate: Duration,
-    /// Reply to `cont` → the last chunk is ready: what is packed is packed by then.
+    /// The guest is known to go on → the last chunk is ready: what is packed is packed by then.
     pub seal: Duration,
     /// The last chunk is ready → acknowledgement: push, check, flip, and the way back.
     pub push: Duration,

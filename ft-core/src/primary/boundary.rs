@@ -3,8 +3,9 @@
 //! The gate is moved first, so that the guest need not stand still for it: what it still sends until
 //! it stops waits with the next epoch's output, longer than it must and never shorter. If the boundary
 //! is aborted, what was moved leaves with the next acknowledgement, which covers it. The save and the
-//! harvest run at the same time, in QEMU and in the worker. Neither waits for the network. A step that
-//! fails ends the boundary: the guest goes on, the dirt goes back.
+//! harvest run at the same time, in QEMU and in the worker. Neither waits for the network. When the harvest
+//! is done the guest may go on: QEMU, which does one thing after the other, ends its save first. A step
+//! that fails ends the boundary: the guest goes on, the dirt goes back.
 
 use super::closing::Closing;
 use super::commands::Kind;
@@ -43,16 +44,26 @@ pub(super) struct Boundary {
 }
 
 impl Boundary {
-    pub(super) fn resume_asked(&self) -> bool {
-        self.resume_asked
+    /// RAM and devices are taken; what the guest does from now on belongs to the next epoch.
+    pub(super) fn is_taken(&self) -> bool {
+        self.resume_asked && !self.save
     }
 
-    fn work_done(&self) -> bool {
-        !self.pause && !self.save && !self.harvest && !self.gate
+    pub(super) fn is_saving(&self) -> bool {
+        self.save
+    }
+
+    fn resumes(&self) -> bool {
+        self.run_state == RunState::Running && !self.stay_paused
+    }
+
+    /// A guest that stays where it is has its state saved before anything is concluded from that.
+    fn may_go_on(&self) -> bool {
+        !self.pause && !self.harvest && !self.gate && (self.resumes() || !self.save)
     }
 
     fn all_done(&self) -> bool {
-        self.work_done() && !self.resume
+        !self.pause && !self.save && !self.harvest && !self.gate && !self.resume
     }
 }
 
@@ -92,6 +103,7 @@ impl Primary {
 
     pub(super) fn start_boundary(&mut self) {
         let run_state = self.run_state();
+        let stay_paused = self.switchover_wanted();
         let epoch = self.acknowledged.next();
         let audit = self.config.audit_every > 0 && epoch.0.is_multiple_of(self.config.audit_every);
         let kind = std::mem::replace(&mut self.next_kind, EpochKind::Delta);
@@ -105,7 +117,7 @@ impl Primary {
             resume_at: self.now,
             phases: Phases::default(),
             run_state,
-            stay_paused: self.switchover_wanted(),
+            stay_paused,
             pause: true,
             save: true,
             harvest: true,
@@ -141,8 +153,8 @@ impl Primary {
             Action::MoveGate
         });
         // Also a guest that stands still is told to: it may have been resumed a moment ago.
-        self.pause_vm();
-        self.act(Action::SaveDevices);
+        let resumes = !stay_paused;
+        self.stopping(Action::PauseAndSave { resumes });
     }
 
     fn harvest(&mut self) {
@@ -228,22 +240,17 @@ impl Primary {
             }
             return;
         }
-        if !boundary.work_done() {
-            return;
-        }
-        if !boundary.resume_asked {
+        if boundary.may_go_on() && !boundary.resume_asked {
             boundary.resume_asked = true;
             boundary.resume_at = self.now;
-            let resume = boundary.run_state == RunState::Running && !boundary.stay_paused;
-            boundary.resume = resume;
-            if resume {
-                self.resume_vm();
-            } else if boundary.stay_paused {
-                self.hold.fenced = true;
+            boundary.resume = boundary.resumes();
+            if boundary.resume {
+                return self.resume_vm();
             }
-            if !resume {
-                self.end_boundary(false);
-            }
+            self.hold.fenced |= boundary.stay_paused;
+        }
+        if boundary.resume_asked && boundary.all_done() {
+            self.end_boundary();
         }
     }
 
@@ -261,13 +268,11 @@ impl Primary {
             return;
         };
         boundary.resume = false;
-        if boundary.aborted {
-            return self.advance_boundary();
-        }
-        self.end_boundary(true);
+        boundary.phases.cont = self.now.since(boundary.resume_at);
+        self.advance_boundary();
     }
 
-    fn end_boundary(&mut self, resumed: bool) {
+    fn end_boundary(&mut self) {
         let Some(boundary) = self.boundary.take() else {
             return;
         };
@@ -276,11 +281,10 @@ impl Primary {
         }
         self.failures = 0;
         self.resumed_at = self.now;
-        if resumed && let Some(inflight) = &mut self.inflight {
-            inflight.phases = Phases {
-                cont: self.now.since(boundary.resume_at),
-                ..boundary.phases
-            };
+        if boundary.resumes()
+            && let Some(inflight) = &mut self.inflight
+        {
+            inflight.phases = boundary.phases;
             inflight.resumed = Some((self.now, self.now.since(boundary.started)));
         }
         // Not before: QEMU would wait for a processor behind it, and the guest with it.
@@ -345,9 +349,9 @@ impl Primary {
             Step::Resume => {
                 boundary.resume = false;
                 if !boundary.aborted {
-                    // The epoch is whole; only the guest has to be resumed again.
+                    // No harm to the epoch; only the guest has to be resumed again.
                     self.report(Report::Error(text));
-                    return self.end_boundary(true);
+                    return self.advance_boundary();
                 }
             }
             Step::Precopy | Step::Seal | Step::Arm | Step::Round => {}
@@ -366,10 +370,12 @@ impl Primary {
             if boundary.kind == EpochKind::Full {
                 self.next_kind = EpochKind::Full;
             }
-            let paused = !boundary.resume_asked && boundary.run_state == RunState::Running;
-            boundary.resume_asked = true;
-            boundary.resume = paused && !self.hold.fenced && self.guest_running;
-            if boundary.resume {
+            if !std::mem::replace(&mut boundary.resume_asked, true)
+                && boundary.run_state == RunState::Running
+                && !self.hold.fenced
+                && self.guest_running
+            {
+                boundary.resume = true;
                 self.resume_vm();
             }
         }

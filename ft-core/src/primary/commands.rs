@@ -53,9 +53,10 @@ impl Commands {
         self.claim(|kind| kind != Kind::Cont)
     }
 
-    /// A RESUME event; whether it is of one of our commands.
-    pub(super) fn resumed(&mut self) -> bool {
-        let ours = self.claim(|kind| kind == Kind::Cont);
+    /// A RESUME event; whether it is of one of our commands. It is not if a reply of QEMU to a command before
+    /// those has not come.
+    pub(super) fn resumed(&mut self, replies_due: bool) -> bool {
+        let ours = !replies_due && self.claim(|kind| kind == Kind::Cont);
         if !ours {
             // Fences before it are done; if the guest must stay fenced, it is told so again.
             self.sent.retain(|(kind, _)| *kind != Kind::Fence);
@@ -79,7 +80,7 @@ mod tests {
         let mut commands = Commands::default();
         assert!(!commands.stopped());
         commands.sent(Kind::Stop);
-        assert!(!commands.resumed());
+        assert!(!commands.resumed(false));
         assert!(commands.stopped());
         assert!(!commands.stopped());
     }
@@ -100,11 +101,11 @@ mod tests {
         let mut commands = Commands::default();
         commands.sent(Kind::Cont); // of a boundary
         commands.sent(Kind::Fence);
-        assert!(commands.resumed());
+        assert!(commands.resumed(false));
         commands.replied(Kind::Cont);
         commands.sent(Kind::Cont); // the fence is lifted before QEMU has carried it out
         assert!(commands.stopped());
-        assert!(commands.resumed());
+        assert!(commands.resumed(false));
         commands.replied(Kind::Cont);
         assert!(!commands.stopped());
     }
@@ -117,7 +118,7 @@ mod tests {
         assert!(commands.stopped());
         assert!(commands.replied(Kind::Stop));
         commands.sent(Kind::Cont);
-        assert!(commands.resumed());
+        assert!(commands.resumed(false));
         commands.replied(Kind::Cont);
         assert!(!commands.stopped()); // an operator's
     }
@@ -130,7 +131,7 @@ mod tests {
         assert!(commands.stopped());
         assert!(commands.replied(Kind::Stop));
         commands.sent(Kind::Fence);
-        assert!(!commands.resumed()); // an operator's `cont`
+        assert!(!commands.resumed(false)); // an operator's `cont`
         assert!(!commands.stopped()); // and his `stop`
     }
 

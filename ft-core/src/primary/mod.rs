@@ -296,10 +296,15 @@ impl Primary {
     }
 
     fn pause_vm(&mut self) {
+        self.stopping(Action::PauseVm);
+    }
+
+    /// Carries out what stops the guest.
+    fn stopping(&mut self, action: Action) {
         self.found_stopped = self.stopped_by_us;
         self.stopped_by_us = true;
         self.commands.sent(commands::Kind::Stop);
-        self.act(Action::PauseVm);
+        self.act(action);
     }
 
     fn resume_vm(&mut self) {
@@ -367,7 +372,8 @@ impl Primary {
                 }
             }
             QemuEvent::Resumed => {
-                if !self.commands.resumed() {
+                let saving = self.boundary.as_ref().is_some_and(Boundary::is_saving);
+                if !self.commands.resumed(saving) {
                     self.on_foreign_resume();
                 }
             }
@@ -405,7 +411,7 @@ impl Primary {
             self.hold.pauses_pending += 1;
             self.pause_vm();
         }
-        if self.boundary.as_ref().is_some_and(|b| !b.resume_asked()) {
+        if self.boundary.as_ref().is_some_and(|b| !b.is_taken()) {
             self.abort_boundary("somebody else resumed the guest during a boundary".to_owned());
         }
     }

@@ -297,7 +297,7 @@ impl Primary {
         };
         self.push.reset();
         self.abandon_sync();
-        if self.boundary.as_ref().is_some_and(|b| !b.resume_asked()) {
+        if self.boundary.as_ref().is_some_and(|b| !b.is_taken()) {
             self.abort_boundary("the link was lost".to_owned());
         }
         if !self.backup_may_activate && self.protection != Protection::Unprotected {

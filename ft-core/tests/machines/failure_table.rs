@@ -161,7 +161,8 @@ fn somebody_else_resumes_the_guest_in_a_boundary() {
     pair.now = pair.now + EPOCH;
     pair.primary.machine.handle_timeout(pair.now);
     pair.primary.drain();
-    assert!(pair.primary.has(|a| *a == Action::PauseVm));
+    let resumes = true;
+    assert!(pair.primary.has(|a| *a == Action::PauseAndSave { resumes }));
     while let Some(answer) = pair.primary.answers.pop_front() {
         if matches!(answer, Input::Harvested(_)) {
             break;

@@ -8,6 +8,10 @@ use crate::rig::{EPOCH, Pair, primary_config};
 
 const IDLE_EPOCH: Duration = Duration::from_millis(200);
 
+fn is_boundary(action: &Action) -> bool {
+    matches!(action, Action::PauseAndSave { .. })
+}
+
 /// How often the guest is paused in ten idle epochs.
 fn pauses(pair: &mut Pair, dirty_pages: u64) -> usize {
     pair.primary.dirty_pages = dirty_pages;
@@ -15,7 +19,7 @@ fn pauses(pair: &mut Pair, dirty_pages: u64) -> usize {
     pair.forget_actions();
     pair.pass(10 * IDLE_EPOCH);
     let pauses = pair.primary.done.iter();
-    pauses.filter(|action| **action == Action::PauseVm).count()
+    pauses.filter(|action| is_boundary(action)).count()
 }
 
 #[test]
@@ -50,7 +54,7 @@ fn precopies(pair: &mut Pair, boundaries: u32) -> Vec<bool> {
     for action in &pair.primary.done {
         match action {
             Action::Precopy { .. } => before = true,
-            Action::PauseVm => found.push(std::mem::take(&mut before)),
+            action if is_boundary(action) => found.push(std::mem::take(&mut before)),
             _ => {}
         }
     }

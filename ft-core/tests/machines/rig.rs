@@ -126,13 +126,16 @@ impl PrimaryRig {
             assert!(any < 300, "the machine does not come to rest");
             match &action {
                 Action::Send(bytes) => self.sent.push_back(bytes.clone()),
-                Action::PauseVm if self.failing(Step::Pause) => {}
-                Action::PauseVm | Action::FenceVm => {
+                Action::PauseVm => self.stop(),
+                Action::PauseAndSave { .. } => {
+                    self.stop();
+                    if !self.failing(Step::Save) {
+                        self.answers.push_back(Input::Saved { bytes: 10 });
+                    }
+                }
+                Action::FenceVm => {
                     if std::mem::take(&mut self.vm_runs) {
                         self.answers.push_back(Input::Qemu(QemuEvent::Stopped));
-                    }
-                    if action == Action::PauseVm {
-                        self.answers.push_back(Input::Paused);
                     }
                 }
                 Action::ResumeVm if self.failing(Step::Resume) => {}
@@ -142,8 +145,6 @@ impl PrimaryRig {
                     }
                     self.answers.push_back(Input::Resumed);
                 }
-                Action::SaveDevices if self.failing(Step::Save) => {}
-                Action::SaveDevices => self.answers.push_back(Input::Saved { bytes: 10 }),
                 Action::Precopy { .. } if self.failing(Step::Precopy) => {}
                 Action::Precopy { .. } => self.answers.push_back(Input::Precopied),
                 Action::Harvest { kind, .. } => {
@@ -194,6 +195,17 @@ impl PrimaryRig {
             self.done.push(action);
         }
         any > 0
+    }
+
+    fn stop(&mut self) {
+        use primary::{Input, QemuEvent, Step};
+        if self.failing(Step::Pause) {
+            return;
+        }
+        if std::mem::take(&mut self.vm_runs) {
+            self.answers.push_back(Input::Qemu(QemuEvent::Stopped));
+        }
+        self.answers.push_back(Input::Paused);
     }
 
     fn failing(&mut self, step: primary::Step) -> bool {

@@ -147,7 +147,8 @@ impl Qemu {
         self.batch.push((Command::new("stop"), Purpose::Pause));
     }
 
-    pub(super) fn save(&mut self) {
+    pub(super) fn pause_and_save(&mut self) {
+        self.pause();
         self.batch.push((self.sink.save_command(), Purpose::Save));
     }
 
