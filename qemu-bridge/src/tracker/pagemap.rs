@@ -2,7 +2,9 @@
 //! `Documentation/admin-guide/mm/pagemap.rst` and `include/uapi/linux/fs.h`).
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
@@ -45,6 +47,17 @@ pub(super) enum Mode {
     /// Pages that were written are write-protected again, atomically with being reported. The
     /// kernel then invalidates the whole range that was passed for KVM, so keep it short.
     Arm,
+}
+
+/// Whether the process still has its memory. Of one that has ended, some kernels' scans find nothing
+/// written, and call that a success.
+///
+/// # Errors
+/// The kernel can't say.
+pub(super) fn is_alive(pagemap: &File) -> io::Result<bool> {
+    // The end of the file comes first for a process without memory (fs/proc/task_mmu.c, pagemap_read).
+    let mut entry = [0; 8];
+    Ok(pagemap.read_at(&mut entry, 0)? > 0)
 }
 
 /// Finds written pages from `start` to `end`. Returns how many of `regions` are filled, and

@@ -14,7 +14,7 @@ use ft_core::{BlockId, DirtySet, PageRun};
 use nix::errno::Errno;
 
 use super::inject;
-use super::pagemap::{Mode, PageRegion, scan};
+use super::pagemap::{Mode, PageRegion, is_alive, scan};
 use super::{Collected, Tracker, TrackerError};
 use crate::guest_ram::GuestRam;
 
@@ -59,6 +59,7 @@ nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, UffdioRegister);
 pub struct UffdTracker {
     /// Open as long as writes shall be reported.
     _uffd: OwnedFd,
+    pid: i32,
     pagemap: File,
     /// Arming invalidates the range that it is given for KVM, written or not, and the guest pays
     /// with a fault per page. So written stretches are armed one by one; else all at once.
@@ -89,11 +90,28 @@ impl UffdTracker {
         })?;
         Ok(UffdTracker {
             _uffd: uffd,
+            pid,
             pagemap,
             kvm: uses_kvm(pid),
             ranges,
             written: vec![PageRegion::default(); REGIONS],
             armed: vec![PageRegion::default(); REGIONS],
+        })
+    }
+}
+
+impl UffdTracker {
+    /// After a walk: what it has found is QEMU's.
+    fn check_alive(&self) -> Result<(), TrackerError> {
+        let source = match is_alive(&self.pagemap) {
+            Ok(true) => return Ok(()),
+            Ok(false) => Errno::ESRCH.into(),
+            Err(error) => error,
+        };
+        Err(TrackerError::Process {
+            operation: "scanning the memory of",
+            pid: self.pid,
+            source,
         })
     }
 }
@@ -114,7 +132,7 @@ impl Tracker for UffdTracker {
                 |_| {},
             )?;
         }
-        Ok(())
+        self.check_alive()
     }
 
     fn collect(&mut self, _ram: &GuestRam, into: &mut DirtySet) -> Result<Collected, TrackerError> {
@@ -144,6 +162,7 @@ impl Tracker for UffdTracker {
                 }
             })?;
         }
+        self.check_alive()?;
         Ok(collected)
     }
 
