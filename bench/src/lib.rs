@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod daemon;
 pub mod draw;
+pub mod floor;
 pub mod guest;
 pub mod kill;
 pub mod lab;

@@ -9,10 +9,11 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use crate::daemon::Daemon;
+use crate::floor::Floor;
 use crate::guest::{Guest, Work};
 use crate::memory::{Copy, Memory};
 use crate::process::{Process, free_port};
-use crate::proxy::{Floor, Hook, Proxy};
+use crate::proxy::{Hook, Proxy};
 use crate::qmp::Qmp;
 use crate::relay::{Relay, Watcher};
 

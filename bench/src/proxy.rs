@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, IoSliceMut, Seek, Write};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -19,7 +19,9 @@ use nix::cmsg_space;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use serde_json::{Value, json};
+use serde_json::Value;
+
+use crate::floor::{Floor, state_sink};
 
 /// Of every so many boundaries one is followed by the same commands without a harvest.
 const FLOOR_EVERY: u64 = 3;
@@ -28,15 +30,6 @@ const NETDEV: &str = "n0";
 
 /// Called with a command's name before QEMU gets it.
 pub type Hook = Box<dyn FnMut(&str) + Send>;
-
-/// Which commands a boundary of our own has: those of the daemon's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Floor {
-    /// Pause, save, and go on.
-    Plain,
-    /// A gate as well.
-    Gated,
-}
 
 /// What the proxy has seen.
 #[derive(Debug, Default)]
@@ -138,12 +131,9 @@ struct Relay {
     floors: Option<Floors>,
 }
 
-/// Our own boundaries, of a client that sits where the daemon sits: so what it takes to pass
-/// through the proxy is in both kinds of pause.
+/// Our own boundaries.
 struct Floors {
     kind: Floor,
-    /// To the client.
-    client: UnixStream,
     /// A sink as the daemon has one.
     sink: File,
     handed_over: bool,
@@ -159,59 +149,22 @@ struct Floors {
 enum Stage {
     Idle,
     /// The sink is being handed over; so many replies are still to come.
-    Adding(u32),
+    Adding(usize),
     /// So are they of a boundary.
-    Running(u32),
-}
-
-impl Floor {
-    /// Until the sink is there, and the filter.
-    fn adding_replies(self) -> u32 {
-        match self {
-            Floor::Plain => 1,
-            Floor::Gated => 2,
-        }
-    }
-
-    /// Until `cont` is sent: to `stop`, the save, and the gate.
-    fn paused_replies(self) -> u32 {
-        match self {
-            Floor::Plain => 2,
-            Floor::Gated => 3,
-        }
-    }
-
-    /// Those, to `cont`, and to the gate again.
-    fn boundary_replies(self) -> u32 {
-        match self {
-            Floor::Plain => self.paused_replies() + 1,
-            Floor::Gated => self.paused_replies() + 2,
-        }
-    }
+    Running(usize),
 }
 
 impl Floors {
     fn new(kind: Floor) -> Result<Floors> {
-        let sink = state_sink()?;
-        let (client, theirs) = UnixStream::pair()?;
-        std::thread::Builder::new()
-            .name("floor".into())
-            .spawn(move || {
-                if let Err(error) = floor_client(&theirs, kind) {
-                    eprintln!("the floor's client: {error:#}");
-                }
-            })?;
-        let stage = Stage::Idle;
         Ok(Floors {
             kind,
-            client,
-            sink,
+            sink: state_sink()?,
             handed_over: false,
             boundaries: 0,
             resumed: Instant::now(),
             ran: Duration::ZERO,
             due: None,
-            stage,
+            stage: Stage::Idle,
         })
     }
 }
@@ -253,17 +206,12 @@ impl Relay {
         }
         let mut from_daemon = Lines::default();
         let mut from_qemu = Lines::default();
-        let mut from_floor = Lines::default();
         let mut waiting: VecDeque<(Vec<u8>, Vec<OwnedFd>)> = VecDeque::new();
         let mut unanswered = 0_usize;
         let mut stopped_at = None;
         loop {
             let due = self.floors.as_ref().and_then(|f| f.due);
-            let floor = self.floors.as_ref().map(|f| f.client.as_raw_fd());
-            let fds: Vec<_> = [daemon.as_raw_fd(), qemu.as_raw_fd()]
-                .into_iter()
-                .chain(floor)
-                .collect();
+            let fds = [daemon.as_raw_fd(), qemu.as_raw_fd()];
             let Some(ready) = self.wait(&fds, due) else {
                 return Ok(());
             };
@@ -279,21 +227,13 @@ impl Relay {
                 }
                 for (line, descriptors) in from_qemu.take() {
                     let message: Value = serde_json::from_slice(&line).unwrap_or_default();
-                    if self.is_ours(&message, &line, &mut stopped_at)? {
+                    if self.is_ours(&message, &qemu, &mut stopped_at)? {
                         continue;
                     }
                     if message.get("event").is_none() && message.get("QMP").is_none() {
                         unanswered = unanswered.saturating_sub(1);
                     }
                     send(daemon, &line, &descriptors)?;
-                }
-            }
-            if ready.contains(&2)
-                && let Some(floors) = &self.floors
-                && from_floor.read(&floors.client)?
-            {
-                for (line, _) in from_floor.take() {
-                    send(&qemu, &line, &[])?;
                 }
             }
             if waiting.is_empty() {
@@ -343,29 +283,19 @@ impl Relay {
             return Ok(());
         }
         floors.due = None;
-        if !floors.handed_over {
-            floors.handed_over = true;
-            floors.stage = Stage::Adding(floors.kind.adding_replies());
-            let add = json!({"execute": "add-fd", "arguments": {"fdset-id": 9}});
-            let sink = [floors.sink.try_clone()?.into()];
-            send(qemu, format!("{add}\n").as_bytes(), &sink)?;
-            if floors.kind == Floor::Plain {
-                return Ok(());
-            }
-            // One that holds nothing: there is a gate to move in the daemon's boundaries.
-            let filter = json!({"execute": "object-add", "arguments": {
-                "qom-type": "filter-buffer", "id": "flr0", "netdev": NETDEV, "queue": "rx",
-                "interval": 4_000_000_000_u32, "status": "off"}});
-            return send(qemu, format!("{filter}\n").as_bytes(), &[]);
+        if std::mem::replace(&mut floors.handed_over, true) {
+            return floors.begin(qemu);
         }
-        floors.begin()
+        let preparation = floors.kind.preparation(NETDEV);
+        floors.stage = Stage::Adding(preparation.len());
+        send_commands(qemu, &preparation, &[floors.sink.try_clone()?.into()])
     }
 
     /// Whether a message of QEMU belongs to a boundary of ours; also notes pauses.
     fn is_ours(
         &mut self,
         message: &Value,
-        line: &[u8],
+        qemu: &UnixStream,
         stopped_at: &mut Option<u64>,
     ) -> Result<bool> {
         let ours = self.floors.as_ref().is_some_and(|f| f.stage != Stage::Idle);
@@ -412,14 +342,9 @@ impl Relay {
         );
         match floors.stage {
             Stage::Adding(2..) => floors.stage = Stage::Adding(1),
-            Stage::Adding(_) => floors.begin()?,
-            Stage::Running(left) => {
-                floors.stage = match left {
-                    2.. => Stage::Running(left - 1),
-                    _ => Stage::Idle,
-                };
-                send(&floors.client, line, &[])?;
-            }
+            Stage::Adding(_) => floors.begin(qemu)?,
+            Stage::Running(left @ 2..) => floors.stage = Stage::Running(left - 1),
+            Stage::Running(_) => floors.stage = Stage::Idle,
             Stage::Idle => unreachable!("it is ours"),
         }
         Ok(true)
@@ -427,44 +352,17 @@ impl Relay {
 }
 
 impl Floors {
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, qemu: &UnixStream) -> Result<()> {
         self.sink.seek(io::SeekFrom::Start(0))?;
-        self.stage = Stage::Running(self.kind.boundary_replies());
-        send(&self.client, b"go\n", &[])
+        let commands = [self.kind.boundary(), self.kind.release()].concat();
+        self.stage = Stage::Running(commands.len());
+        send_commands(qemu, &commands, &[])
     }
 }
 
-/// The commands of a boundary, as the daemon sends them: the gate, pause and save in one write, `cont`
-/// as soon as all of that is done, and the gate again when the guest runs.
-fn floor_client(proxy: &UnixStream, kind: Floor) -> Result<()> {
-    const GATE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"flr0\",\"property\":\
-                        \"status\",\"value\":\"on\"}}\n";
-    const PAUSE: &str = "{\"execute\":\"stop\"}\n\
-                         {\"execute\":\"xen-save-devices-state\",\"arguments\":{\"filename\":\
-                         \"/dev/fdset/9\",\"live\":false}}\n";
-    const CONT: &str = "{\"execute\":\"cont\"}\n";
-    const RELEASE: &str = "{\"execute\":\"qom-set\",\"arguments\":{\"path\":\"flr0\",\"property\":\
-                           \"status\",\"value\":\"off\"}}\n";
-    let mut replies = 0;
-    for line in BufReader::new(proxy).lines() {
-        let line = line?;
-        if line == "go" {
-            replies = 0;
-            let gate = match kind {
-                Floor::Plain => "",
-                Floor::Gated => GATE,
-            };
-            send(proxy, format!("{gate}{PAUSE}").as_bytes(), &[])?;
-            continue;
-        }
-        replies += 1;
-        if replies == kind.paused_replies() {
-            send(proxy, CONT.as_bytes(), &[])?;
-        } else if replies == kind.paused_replies() + 1 && kind == Floor::Gated {
-            send(proxy, RELEASE.as_bytes(), &[])?;
-        }
-    }
-    Ok(())
+fn send_commands(qemu: &UnixStream, commands: &[String], descriptors: &[OwnedFd]) -> Result<()> {
+    let text = commands.join("\n") + "\n";
+    send(qemu, text.as_bytes(), descriptors)
 }
 
 /// Bytes that are cut into lines, each with the descriptors that came with it.
@@ -514,13 +412,6 @@ impl Lines {
         }
         lines
     }
-}
-
-/// For a device state, as the daemon has one: QEMU wants it to be open for writing only.
-pub(crate) fn state_sink() -> Result<File> {
-    let memfd = nix::sys::memfd::memfd_create(c"floor", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
-    let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
-    Ok(File::options().write(true).open(path)?)
 }
 
 pub(crate) fn send(stream: &UnixStream, bytes: &[u8], descriptors: &[OwnedFd]) -> Result<()> {

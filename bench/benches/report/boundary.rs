@@ -4,9 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bench::floor::Floor;
 use bench::guest::{Guest, Work};
 use bench::measure::{Boundaries, Epoch, Flip, boundaries};
-use bench::proxy::Floor;
 use bench::report::plot::{Axis, Bar, Scale, Series, bars, lines, number};
 use bench::report::{Bound, Figure, Group, Latency, Ratio, Table, median};
 use serde_json::{Value, json};

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use bench::floor::Floor;
 use bench::guest::Guest;
 use bench::pair::{Pair, Setup, Watch};
 use bench::process::Workplace;
-use bench::proxy::Floor;
 use bench::report::quantiles;
 use clap::Parser;
 use serde_json::{Value, json};

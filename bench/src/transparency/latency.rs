@@ -3,11 +3,12 @@
 
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::GUEST;
@@ -16,7 +17,8 @@ use super::hosts::NETDEV;
 use super::log::Record;
 use super::network::{Host, Network, inside};
 use super::redis::Redis;
-use crate::proxy::{send, state_sink};
+use crate::floor::{Floor, state_sink};
+use crate::proxy::send;
 
 const BOUNDARIES: u32 = 200;
 /// Between two of them the guest works.
@@ -40,8 +42,7 @@ pub fn requests_us(logs: &[Vec<Record>]) -> Vec<u64> {
 }
 
 /// What QEMU needs for a boundary without anything of ours, from `stop` submitted to the reply to
-/// `cont` as `pause_us` in docs/events.md, in microseconds: the move of a gate, pause and save in one
-/// write, and `cont` when all of that is done. Nobody else may use the socket.
+/// `cont` as `pause_us` in docs/events.md, in microseconds. Nobody else may use the socket.
 ///
 /// # Errors
 /// QEMU refuses.
@@ -53,43 +54,25 @@ pub fn floors_us(qmp: &Path) -> Result<Vec<u64>> {
     };
     monitor.line()?;
     monitor.run(&[r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#.into()])?;
-    let add = format!(
-        r#"{{"execute":"object-add","arguments":{{"qom-type":"filter-buffer","id":"flr0","netdev":"{NETDEV}","queue":"rx","interval":4000000000,"status":"off"}}}}"#
-    );
-    monitor.run(&[add])?;
     let mut sink = state_sink()?;
-    let add = r#"{"execute":"add-fd","arguments":{"fdset-id":9}}"#;
-    send(
-        monitor.reader.get_ref(),
-        add.as_bytes(),
-        &[sink.try_clone()?.into()],
-    )?;
-    ensure!(
-        monitor.line()?.get("return").is_some(),
-        "QEMU takes no sink"
-    );
-    let gate = |status: &str| {
-        format!(
-            r#"{{"execute":"qom-set","arguments":{{"path":"flr0","property":"status","value":"{status}"}}}}"#
-        )
-    };
-    let boundary = [
-        gate("on"),
-        r#"{"execute":"stop"}"#.to_owned(),
-        r#"{"execute":"xen-save-devices-state","arguments":{"filename":"/dev/fdset/9","live":false}}"#
-            .to_owned(),
-    ];
+    for (nth, command) in (0..).zip(Floor::Gated.preparation(NETDEV)) {
+        let sink: Option<OwnedFd> = (nth == 0)
+            .then(|| sink.try_clone())
+            .transpose()?
+            .map(Into::into);
+        monitor.run_with(&[command], sink.as_slice())?;
+    }
+    let (boundary, release) = (Floor::Gated.boundary(), Floor::Gated.release());
     let mut floors_us = Vec::new();
     for _ in 0..BOUNDARIES {
         std::thread::sleep(BOUNDARY_EVERY);
         sink.rewind()?;
         let began = Instant::now();
         monitor.run(&boundary)?;
-        monitor.run(&[r#"{"execute":"cont"}"#.to_owned()])?;
         floors_us.push(micros(began));
-        monitor.run(&[gate("off")])?;
+        monitor.run(&release)?;
     }
-    monitor.run(&[r#"{"execute":"object-del","arguments":{"id":"flr0"}}"#.into()])?;
+    monitor.run(&Floor::Gated.removal())?;
     Ok(floors_us)
 }
 
@@ -161,8 +144,12 @@ struct Monitor {
 impl Monitor {
     /// Sends commands in one write, and returns when all of them are done.
     fn run(&mut self, commands: &[String]) -> Result<()> {
+        self.run_with(commands, &[])
+    }
+
+    fn run_with(&mut self, commands: &[String], descriptors: &[OwnedFd]) -> Result<()> {
         let text = commands.join("\n") + "\n";
-        self.reader.get_mut().write_all(text.as_bytes())?;
+        send(self.reader.get_ref(), text.as_bytes(), descriptors)?;
         let mut left = commands.len();
         while left > 0 {
             let reply = self.line()?;
