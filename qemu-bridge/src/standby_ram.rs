@@ -11,6 +11,7 @@ use std::ops::Range;
 use ft_core::image::{PackedPage, Piece, entries};
 use ft_core::types::PAGE_BYTES;
 use ft_core::{BlockId, PageRun};
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Pid, ftruncate};
 
@@ -95,7 +96,7 @@ impl StandbyRam {
         let (region, offset) = self.locate(run);
         region.image.copy_in(offset, bytes);
         match region.private_at {
-            Some(address) => write_remote(self.pid, address + offset, bytes),
+            Some(address) => unless_gone(write_remote(self.pid, address + offset, bytes)),
             None => Ok(()),
         }
     }
@@ -112,7 +113,7 @@ impl StandbyRam {
             let bytes = data.count * PAGE_BYTES as u64;
             region.image.punch(offset, bytes)?;
             if let Some(address) = region.private_at {
-                zero_remote(self.pid, address + offset, bytes)?;
+                unless_gone(zero_remote(self.pid, address + offset, bytes))?;
             }
             let end = data.first + data.count;
             rest = PageRun {
@@ -300,6 +301,18 @@ fn fill_image(pid: Pid, address: u64, bytes: u64, image: &SharedFile) -> Result<
         }
     }
     Ok(())
+}
+
+/// A standby that has ended lacks nothing: a fresh one is given what the image has.
+fn unless_gone(written: Result<(), RamError>) -> Result<(), RamError> {
+    match written {
+        Err(RamError::Remote { source, .. })
+            if source.raw_os_error() == Some(Errno::ESRCH as i32) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 fn private_address(block: &RamBlock) -> Option<u64> {

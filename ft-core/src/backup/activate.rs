@@ -10,6 +10,9 @@ pub(super) struct Activation {
     decided: Micros,
     term_stored: bool,
     started: bool,
+    /// The standby that waited is gone, or has refused the state.
+    fresh: bool,
+    /// A standby has failed that was asked.
     retried: bool,
 }
 
@@ -48,7 +51,8 @@ impl Backup {
             decided: self.now,
             term_stored: false,
             started: false,
-            retried: self.standby_lost.is_some(),
+            fresh: self.standby_lost.is_some(),
+            retried: false,
         });
         self.set_state(State::Activating);
         self.act(Action::StoreTerm {
@@ -82,15 +86,15 @@ impl Backup {
         };
         if activation.term_stored && idle && !activation.started && !self.finished {
             activation.started = true;
+            let fresh = activation.fresh;
             let (epoch, run_state) = (self.last_flipped, self.run_state);
             assert_eq!(
                 epoch, self.last_applied,
                 "activating from an epoch that isn't applied"
             );
             // From here on the standby may be the only copy.
-            let retried = activation.retried;
             self.act(Action::Guardian { armed: false });
-            self.act(if retried {
+            self.act(if fresh {
                 Action::RespawnAndActivate { epoch, run_state }
             } else {
                 Action::Activate { epoch, run_state }
@@ -115,12 +119,13 @@ impl Backup {
         if activation.retried {
             return self.finish(End::Failed(text));
         }
-        activation.retried = true;
+        // The standby may die before its time has come: while the term is stored.
+        activation.retried = activation.started;
+        activation.fresh = true;
         let started = activation.started;
         self.report(Report::Error(format!(
             "the standby did not load, trying a fresh one: {text}"
         )));
-        // The standby may die before its time has come: while the term is stored.
         if started {
             let (epoch, run_state) = (self.last_flipped, self.run_state);
             self.act(Action::RespawnAndActivate { epoch, run_state });

@@ -59,7 +59,7 @@ pub struct Backup {
     recent_chunks: u32,
 
     activation: Option<Activation>,
-    /// How the standby ended, while nobody could be told: an activation starts with a fresh one.
+    /// How the standby ended, until the primary is heard and told: an activation starts with a fresh one.
     standby_lost: Option<String>,
     rehearsal: Option<Rehearsal>,
     rehearsed: bool,
@@ -161,7 +161,7 @@ impl Backup {
         Status {
             state: self.state,
             since: self.since,
-            link_up: self.peer.as_ref().is_some_and(|p| p.link.is_some()),
+            link_up: self.has_link(),
             last_flipped: self.last_flipped,
             last_applied: self.last_applied,
             term: self.term,
@@ -183,6 +183,9 @@ impl Backup {
     fn end_without_standby(&mut self) {
         let useless = self.state != State::Protecting && self.activation.is_none();
         if let Some(text) = self.standby_lost.take_if(|_| useless && !self.finished) {
+            if self.has_link() {
+                return self.tell_of_lost_standby(text);
+            }
             self.fail(format!(
                 "the standby is gone, the guest may be lost: {text}"
             ));
@@ -269,20 +272,27 @@ impl Backup {
         if self.state == State::Active {
             return self.fail(text);
         }
-        let has_link = self.peer.as_ref().is_some_and(|p| p.link.is_some());
-        if self.state == State::Protecting && !has_link && self.standing_down.is_none() {
-            // Nobody can be told, and this may be all that is left of the guest: its RAM outlives
-            // QEMU. Whether it is needed is decided as ever.
+        if self.state == State::Protecting && self.standing_down.is_none() {
+            // Until the primary is heard again this may be all that is left of the guest: its RAM
+            // outlives QEMU. A link that is up says little about a host that has lost its power.
             self.report(Report::Error(format!(
-                "the standby is gone, and the primary can't be told; a fresh one will take over if the \
-                 primary stays silent: {text}"
+                "the standby is gone; if the primary stays silent, a fresh one will take over: {text}"
             )));
             self.standby_lost = Some(text);
             return;
         }
+        self.tell_of_lost_standby(text);
+    }
+
+    /// The primary can do without us, and must: nothing here can run its guest.
+    fn tell_of_lost_standby(&mut self, text: String) {
         let (why, run_state) = (Farewell::StandDown, self.run_state);
         self.send_to_peer(Epoch::NONE, &Message::Farewell { why, run_state });
         self.finish(End::NoStandby(text));
+    }
+
+    fn has_link(&self) -> bool {
+        self.peer.as_ref().is_some_and(|p| p.link.is_some())
     }
 
     fn fail(&mut self, text: String) {

@@ -165,8 +165,7 @@ impl Backup {
         self.send(link, self.last_flipped, &answer);
         self.report(Report::Connected);
         if let Some(text) = self.standby_lost.take() {
-            // Now it can be told.
-            return self.on_standby_gone(false, text);
+            return self.tell_of_lost_standby(text);
         }
         // A fresh link may be of another kind of memory: both slots start empty.
         if self.state == State::Tainted {
@@ -271,6 +270,9 @@ impl Backup {
                 if let Some(peer) = &mut self.peer {
                     peer.silence.heard(self.now);
                 }
+                if let Some(text) = self.standby_lost.take() {
+                    return self.tell_of_lost_standby(text);
+                }
                 self.send(link, Epoch::NONE, &Message::HeartbeatReply { sent_us });
             }
             Message::QemuDied { text } => {
@@ -320,6 +322,9 @@ impl Backup {
                 self.lose_link();
                 self.peer = None;
                 self.forget_image();
+                if let Some(text) = self.standby_lost.take() {
+                    self.finish(super::End::NoStandby(text));
+                }
             }
         }
     }

@@ -303,7 +303,9 @@ impl BackupRig {
                 } => {
                     self.answers.push_back(Input::TermStored);
                 }
-                Action::Activate { .. } if std::mem::take(&mut self.activation_fails) => {
+                Action::Activate { .. } | Action::RespawnAndActivate { .. }
+                    if std::mem::take(&mut self.activation_fails) =>
+                {
                     let text = "the test says so".to_owned();
                     self.answers.push_back(Input::ActivationFailed { text });
                 }

@@ -192,6 +192,8 @@ impl Standby {
         self.active = false;
         self.gone = false;
         self.end();
+        // Its end is no news: the next one must not be taken for dead by it.
+        self.gone = true;
     }
 
     /// Ends a standby that never became active.
