@@ -59,7 +59,7 @@ pub struct Backup {
     recent_chunks: u32,
 
     activation: Option<Activation>,
-    /// How the standby ended, until the primary is heard and told: an activation starts with a fresh one.
+    /// How the standby ended, while nobody could be told: an activation starts with a fresh one.
     standby_lost: Option<String>,
     rehearsal: Option<Rehearsal>,
     rehearsed: bool,
@@ -183,9 +183,6 @@ impl Backup {
     fn end_without_standby(&mut self) {
         let useless = self.state != State::Protecting && self.activation.is_none();
         if let Some(text) = self.standby_lost.take_if(|_| useless && !self.finished) {
-            if self.has_link() {
-                return self.tell_of_lost_standby(text);
-            }
             self.fail(format!(
                 "the standby is gone, the guest may be lost: {text}"
             ));
@@ -272,11 +269,12 @@ impl Backup {
         if self.state == State::Active {
             return self.fail(text);
         }
-        if self.state == State::Protecting && self.standing_down.is_none() {
-            // Until the primary is heard again this may be all that is left of the guest: its RAM
-            // outlives QEMU. A link that is up says little about a host that has lost its power.
+        if self.state == State::Protecting && !self.has_link() && self.standing_down.is_none() {
+            // Nobody can be told, and this may be all that is left of the guest: its RAM outlives
+            // QEMU. Whether it is needed is decided as ever.
             self.report(Report::Error(format!(
-                "the standby is gone; if the primary stays silent, a fresh one will take over: {text}"
+                "the standby is gone, and the primary can't be told; a fresh one will take over if the \
+                 primary stays silent: {text}"
             )));
             self.standby_lost = Some(text);
             return;

@@ -270,9 +270,6 @@ impl Backup {
                 if let Some(peer) = &mut self.peer {
                     peer.silence.heard(self.now);
                 }
-                if let Some(text) = self.standby_lost.take() {
-                    return self.tell_of_lost_standby(text);
-                }
                 self.send(link, Epoch::NONE, &Message::HeartbeatReply { sent_us });
             }
             Message::QemuDied { text } => {
@@ -322,9 +319,6 @@ impl Backup {
                 self.lose_link();
                 self.peer = None;
                 self.forget_image();
-                if let Some(text) = self.standby_lost.take() {
-                    self.finish(super::End::NoStandby(text));
-                }
             }
         }
     }
