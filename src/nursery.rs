@@ -90,6 +90,13 @@ impl Nursery {
         if let Some(first) = argv.first_mut() {
             *first = program.to_string_lossy().into_owned();
         }
+        // A standby waits for its state; one that is made of its line is told so by us.
+        if let Some(at) = argv
+            .iter()
+            .position(|word| word == "-incoming" || word == "--incoming")
+        {
+            argv.drain(at..argv.len().min(at + 2));
+        }
         let mut nursery = Nursery::new(argv)?;
         nursery.keep_main_ram(blocks)?;
         Ok(nursery)

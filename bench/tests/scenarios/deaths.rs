@@ -5,12 +5,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use bench::pair::Pair;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use crate::on_both_qemus;
-use crate::stage::{PATIENCE, Stage, check_survivor, exit_code, wait_epochs};
+use crate::stage::{PATIENCE, Stage, check_survivor, exit_code, wait_epochs, wait_until};
 
 on_both_qemus! {
     host_is_killed,
+    standby_dies_while_it_loads,
     only_qemu_is_killed,
     only_the_daemon_is_killed,
     frozen_daemon_ends_its_guest,
@@ -29,6 +31,30 @@ fn host_is_killed(stage: &Stage) -> Result<()> {
         "not at once: {failover}"
     );
     Ok(())
+}
+
+/// A fresh one takes over on the same RAM.
+fn standby_dies_while_it_loads(stage: &Stage) -> Result<()> {
+    let mut pair = stage.pair(&stage.boot_sector()?)?;
+    wait_epochs(&mut pair.primary, 5)?;
+    // It will be asked, and not answer.
+    pair.standby.signal(Signal::SIGSTOP)?;
+    pair.kill_host()?;
+    pair.backup.wait_event("activating", PATIENCE)?;
+    pair.standby.signal(Signal::SIGKILL)?;
+    pair.backup.wait_event("failover", PATIENCE)?;
+    // Made of the same command line, so it has the same socket for the test.
+    let mut fresh = stage.qmp("standby")?;
+    let counter = format!("xp /1gx {:#x}", pair.tick_page);
+    let first = fresh.human(&counter);
+    let counts = first.and_then(|first| {
+        wait_until("the survivor's counter rises", PATIENCE, || {
+            Ok(fresh.human(&counter)? != first)
+        })
+    });
+    // It is nobody's child here.
+    fresh.call("quit", json!({}))?;
+    counts
 }
 
 fn only_qemu_is_killed(stage: &Stage) -> Result<()> {
