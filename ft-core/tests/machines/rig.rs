@@ -133,10 +133,8 @@ impl PrimaryRig {
                         self.answers.push_back(Input::Saved { bytes: 10 });
                     }
                 }
-                Action::FenceVm => {
-                    if std::mem::take(&mut self.vm_runs) {
-                        self.answers.push_back(Input::Qemu(QemuEvent::Stopped));
-                    }
+                Action::FenceVm if std::mem::take(&mut self.vm_runs) => {
+                    self.answers.push_back(Input::Qemu(QemuEvent::Stopped));
                 }
                 Action::ResumeVm if self.failing(Step::Resume) => {}
                 Action::ResumeVm => {
