@@ -515,7 +515,7 @@ impl Driver {
             Action::Push { index, to, tag } => self.push(index, Grant(to.0), tag.pack()),
 
             Action::PauseVm => self.parts.qemu.pause(),
-            Action::PauseAndSave { .. } => self.parts.qemu.pause_and_save(),
+            Action::PauseAndSave => self.parts.qemu.pause_and_save(),
             Action::ResumeVm => self.parts.qemu.resume(),
             Action::FenceVm => self.parts.qemu.fence(clock::now()),
             Action::ThawVm => self.parts.qemu.thaw(),

@@ -97,7 +97,7 @@ impl Moment {
             Action::KeepProof => Moment::KeepProof,
             Action::Precopy { .. } => Moment::Precopy,
             Action::PauseVm => Moment::Pause,
-            Action::PauseAndSave { .. } => Moment::Save,
+            Action::PauseAndSave => Moment::Save,
             Action::Harvest { .. } => Moment::Harvest,
             Action::MoveGate | Action::Gate(_) => Moment::Gate,
             Action::ResumeVm => Moment::Resume,

@@ -369,7 +369,7 @@ impl World {
                 }
             }
             Action::PauseVm => self.qmp(Qmp::Stop),
-            Action::PauseAndSave { .. } => {
+            Action::PauseAndSave => {
                 if let Some(unreleased) = daemon.releasing {
                     let text = format!("a boundary before the release of {unreleased} returned");
                     return self.violation(text);

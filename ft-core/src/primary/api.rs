@@ -181,11 +181,8 @@ pub enum Action {
     },
     /// → [`Input::Paused`]
     PauseVm,
-    /// Stop the guest and save its devices. → [`Input::Paused`] and [`Input::Saved`]. With `resumes`,
-    /// [`Action::ResumeVm`] follows, and QEMU need not end the save before that.
-    PauseAndSave {
-        resumes: bool,
-    },
+    /// Stop the guest and save its devices, in one write. → [`Input::Paused`] and [`Input::Saved`]
+    PauseAndSave,
     /// Take the dirty set into the epoch and copy it. → [`Input::ChunkReady`] as chunks fill,
     /// then [`Input::Harvested`]
     Harvest {

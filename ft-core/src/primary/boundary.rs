@@ -153,8 +153,7 @@ impl Primary {
             Action::MoveGate
         });
         // Also a guest that stands still is told to: it may have been resumed a moment ago.
-        let resumes = !stay_paused;
-        self.stopping(Action::PauseAndSave { resumes });
+        self.stopping(Action::PauseAndSave);
     }
 
     fn harvest(&mut self) {

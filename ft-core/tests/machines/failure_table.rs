@@ -161,8 +161,7 @@ fn somebody_else_resumes_the_guest_in_a_boundary() {
     pair.now = pair.now + EPOCH;
     pair.primary.machine.handle_timeout(pair.now);
     pair.primary.drain();
-    let resumes = true;
-    assert!(pair.primary.has(|a| *a == Action::PauseAndSave { resumes }));
+    assert!(pair.primary.has(|a| *a == Action::PauseAndSave));
     while let Some(answer) = pair.primary.answers.pop_front() {
         if matches!(answer, Input::Harvested(_)) {
             break;

@@ -8,10 +8,6 @@ use crate::rig::{EPOCH, Pair, primary_config};
 
 const IDLE_EPOCH: Duration = Duration::from_millis(200);
 
-fn is_boundary(action: &Action) -> bool {
-    matches!(action, Action::PauseAndSave { .. })
-}
-
 /// How often the guest is paused in ten idle epochs.
 fn pauses(pair: &mut Pair, dirty_pages: u64) -> usize {
     pair.primary.dirty_pages = dirty_pages;
@@ -19,7 +15,9 @@ fn pauses(pair: &mut Pair, dirty_pages: u64) -> usize {
     pair.forget_actions();
     pair.pass(10 * IDLE_EPOCH);
     let pauses = pair.primary.done.iter();
-    pauses.filter(|action| is_boundary(action)).count()
+    pauses
+        .filter(|action| **action == Action::PauseAndSave)
+        .count()
 }
 
 #[test]
@@ -54,7 +52,7 @@ fn precopies(pair: &mut Pair, boundaries: u32) -> Vec<bool> {
     for action in &pair.primary.done {
         match action {
             Action::Precopy { .. } => before = true,
-            action if is_boundary(action) => found.push(std::mem::take(&mut before)),
+            Action::PauseAndSave => found.push(std::mem::take(&mut before)),
             _ => {}
         }
     }

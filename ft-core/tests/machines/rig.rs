@@ -127,7 +127,7 @@ impl PrimaryRig {
             match &action {
                 Action::Send(bytes) => self.sent.push_back(bytes.clone()),
                 Action::PauseVm => self.stop(),
-                Action::PauseAndSave { .. } => {
+                Action::PauseAndSave => {
                     self.stop();
                     if !self.failing(Step::Save) {
                         self.answers.push_back(Input::Saved { bytes: 10 });
