@@ -173,6 +173,7 @@ fn prepare_primary(
             return Err(error);
         }
     };
+    let release_needs_guest = gate.releases_by_qemu();
     // Without a gate that tells of waiting output, every epoch is the longest that may be.
     let epoch_idle = match gate.waiting_fd() {
         Some(_) => settings.epoch_idle,
@@ -207,6 +208,7 @@ fn prepare_primary(
         audit_every: settings.audit_every,
         sync_chunks: SYNC_CHUNKS,
         precopy_pages_min,
+        release_needs_guest,
     };
     let machine = Primary::new(config, PrimaryVm { shape, running }, clock::now());
     Ok(primary::Parts {

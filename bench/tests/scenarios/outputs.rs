@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::on_both_qemus;
-use crate::stage::{PATIENCE, Stage, check_survivor, wait_epochs, wait_until};
+use crate::stage::{PATIENCE, Stage, check_survivor, operate, wait_epochs, wait_until};
 
 /// Each with a host that dies at another moment.
 const KILLS: u64 = 3;
@@ -15,6 +15,7 @@ const KILLS: u64 = 3;
 on_both_qemus! {
     output_waits_for_its_epoch,
     output_flows_when_nothing_holds_it,
+    nothing_said_is_lost_in_a_planned_move,
 }
 
 /// Nobody has heard a count that the survivor doesn't remember. The same host deaths without the
@@ -95,6 +96,24 @@ fn output_flows_when_nothing_holds_it(stage: &Stage) -> Result<()> {
         !left.contains("\"ftb0\"") && !left.contains("\"ftm0\""),
         "left behind: {left}"
     );
+    Ok(())
+}
+
+/// Also what the guest sends in the last moment before it is stopped is heard, once; the survivor goes on
+/// with the next count.
+fn nothing_said_is_lost_in_a_planned_move(stage: &Stage) -> Result<()> {
+    let listener = Listener::start()?;
+    let mut pair = talking_pair(stage, stage.dir(), &listener, "filter")?;
+    wait_epochs(&mut pair.primary, 30)?;
+    operate(&pair.primary, "switchover")?;
+    pair.backup.wait_event("failover", PATIENCE)?;
+    let old = listener.heard().first().context("nothing was heard")?.port;
+    wait_until("the survivor is heard", PATIENCE, || {
+        Ok(listener.heard().iter().filter(|h| h.port != old).count() > 100)
+    })?;
+    let ticks: Vec<u64> = listener.heard().iter().map(|h| h.tick).collect();
+    let gap = ticks.windows(2).find(|two| two[1] != two[0] + 1);
+    ensure!(gap.is_none(), "heard one after the other: {gap:?}");
     Ok(())
 }
 

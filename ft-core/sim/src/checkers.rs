@@ -41,6 +41,8 @@ pub struct Checks {
     pub acknowledged: u64,
     pub failovers: u64,
     pub late_writes: u64,
+    /// QEMU has refused a command: the last packets before a switchover may be lost by that.
+    pub command_failed: bool,
     /// What a stranger may have overheard.
     pub replays: Vec<Vec<u8>>,
     reason: Option<Reason>,
@@ -115,7 +117,6 @@ impl World {
                 "packet {early} released, but only {safe} is acknowledged"
             ));
         }
-        self.note_outside(packets);
     }
 
     /// Invariant 4: packets that nothing holds.
@@ -126,7 +127,7 @@ impl World {
         self.note_outside(packets);
     }
 
-    fn note_outside(&mut self, packets: &[u64]) {
+    pub fn note_outside(&mut self, packets: &[u64]) {
         let newest = packets.iter().copied().max().unwrap_or(0);
         self.checks.outside_tick = self.checks.outside_tick.max(newest);
     }
@@ -203,11 +204,24 @@ impl World {
             let text = format!("the survivor resumes at {tick}, but packet {outside} is outside");
             return self.violation(text);
         }
+        if self.checks.reason == Some(Reason::Switchover) && run_state == RunState::Running {
+            self.check_all_said(tick);
+        }
         if self.checks.reason == Some(Reason::Silence) && run_state == RunState::Running {
             self.check_lease();
         }
         self.checks.activated = Some(tick);
         self.checks.failovers += 1;
+    }
+
+    /// What the survivor remembers to have sent has left, for it will not be sent again.
+    fn check_all_said(&mut self, tick: u64) {
+        let held = self.primary.vm.as_ref().and_then(|vm| vm.oldest_held());
+        if let Some(held) = held.filter(|held| *held <= tick && !self.checks.command_failed) {
+            self.violation(format!(
+                "switched over at {tick}, and packet {held} has not left"
+            ));
+        }
     }
 
     /// A primary whose daemon is well has stopped its guest before the backup starts its own. One that

@@ -58,6 +58,7 @@ impl World {
         let failed = may_fail && std::mem::take(&mut self.primary.qmp_fails)
             || command == Qmp::Cont && vm.shut_down;
         if failed {
+            self.checks.command_failed = true;
             self.say(QmpOut::Failed(command));
             return self.schedule_monitor();
         }
@@ -74,6 +75,7 @@ impl World {
             Qmp::Release(_) => {
                 let packets = vm.release();
                 self.check_released(&packets);
+                self.leave(packets);
             }
         }
         self.say(QmpOut::Done(command));
@@ -92,7 +94,15 @@ impl World {
         if let Some(vm) = &mut self.primary.vm
             && !std::mem::replace(&mut vm.running, true)
         {
+            self.leave(Vec::new());
             self.say(QmpOut::ResumeEvent);
+        }
+    }
+
+    fn leave(&mut self, released: Vec<u64>) {
+        if let Some(vm) = &mut self.primary.vm {
+            let left = vm.leave(released);
+            self.note_outside(&left);
         }
     }
 

@@ -75,6 +75,8 @@ pub struct Gate {
     /// Ticks of the packets of the running epoch, and of the one before it.
     current: Vec<u64>,
     commit: Vec<u64>,
+    /// Released while the guest stood still: they leave when it goes on.
+    queued: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -213,9 +215,25 @@ impl Vm {
         self.gate.commit.append(&mut self.gate.current);
     }
 
-    /// The packets that leave.
+    /// The packets that are let go.
     pub fn release(&mut self) -> Vec<u64> {
         std::mem::take(&mut self.gate.commit)
+    }
+
+    /// The packets that have left when these are let go, and nothing but the guest holds them.
+    pub fn leave(&mut self, mut packets: Vec<u64>) -> Vec<u64> {
+        self.gate.queued.append(&mut packets);
+        match self.running {
+            true => std::mem::take(&mut self.gate.queued),
+            false => Vec::new(),
+        }
+    }
+
+    /// The oldest packet that is still here.
+    pub fn oldest_held(&self) -> Option<u64> {
+        let gate = &self.gate;
+        let held = gate.queued.iter().chain(&gate.commit).chain(&gate.current);
+        held.copied().min()
     }
 
     pub fn open_gate(&mut self) -> Vec<u64> {

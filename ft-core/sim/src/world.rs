@@ -174,6 +174,7 @@ impl World {
             audit_every: rng.pick(&[0, 0, 3, 10]),
             sync_chunks: rng.range(2..=16) as u32,
             precopy_pages_min: rng.pick(&[None, Some(1), Some(10)]),
+            release_needs_guest: true,
         };
         let backup_config = BackupConfig {
             vm_id,

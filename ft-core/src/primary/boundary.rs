@@ -2,7 +2,8 @@
 //!
 //! The gate is moved first, so that the guest need not stand still for it: what it still sends until
 //! it stops waits with the next epoch's output, longer than it must and never shorter. If the boundary
-//! is aborted, what was moved leaves with the next acknowledgement, which covers it. The save and the
+//! is aborted, what was moved leaves with the next acknowledgement, which covers it. Only before a switchover
+//! it is moved in the pause. The save and the
 //! harvest run at the same time, in QEMU and in the worker. Neither waits for the network. When the harvest
 //! is done the guest may go on: QEMU, which does one thing after the other, ends its save first. A step
 //! that fails ends the boundary: the guest goes on, the dirt goes back.
@@ -147,13 +148,20 @@ impl Primary {
         // Output of the epoch that starts now must wait for its acknowledgement, so the gate
         // closes at the first boundary and not only when that is acknowledged.
         let first = self.acknowledged == Epoch::NONE;
-        self.act(if first {
+        let gate = if first {
             Action::Gate(GateState::Closed)
         } else {
             Action::MoveGate
-        });
+        };
         // Also a guest that stands still is told to: it may have been resumed a moment ago.
-        self.stopping(Action::PauseAndSave);
+        if stay_paused {
+            // No epoch comes with which what it still sends until it stops could leave.
+            self.stopping(Action::PauseAndSave);
+            self.act(gate);
+        } else {
+            self.act(gate);
+            self.stopping(Action::PauseAndSave);
+        }
     }
 
     fn harvest(&mut self) {

@@ -168,7 +168,8 @@ impl Primary {
             Kind::QemuDied(_) => self.end_closing(),
             Kind::Switchover => {
                 // The last epoch leaves the guest fenced; its release ends it.
-                if self.hold.fenced && self.boundary.is_none() && self.inflight.is_none() && up {
+                let settled = self.boundary.is_none() && self.inflight.is_none();
+                if self.hold.fenced && settled && !self.hold_pending() && up {
                     self.send(self.acknowledged, &Message::Switchover);
                     self.activation_ordered = true;
                     self.sent(ACTIVATION_PATIENCE);

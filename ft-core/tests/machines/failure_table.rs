@@ -516,6 +516,28 @@ fn switchover() {
     let last = pair.backup.machine.status().last_flipped;
     assert_eq!(pair.backup.activated(), Some((last, RunState::Running)));
     assert!(matches!(pair.primary.end(), Some(End::SwitchedOver { .. })));
+    // Nothing may stay behind that the guest has sent: the gate is moved when it stands still, and QEMU lets
+    // go of what is released only while it runs.
+    let output = pair.primary.done.iter().filter(|action| {
+        matches!(
+            action,
+            Action::PauseAndSave
+                | Action::MoveGate
+                | Action::Release(_)
+                | Action::ResumeVm
+                | Action::PauseVm
+                | Action::EndVm
+        )
+    });
+    let output: Vec<_> = output.cloned().collect();
+    assert!(output.ends_with(&[
+        Action::PauseAndSave,
+        Action::MoveGate,
+        Action::Release(last),
+        Action::ResumeVm,
+        Action::PauseVm,
+        Action::EndVm,
+    ]));
 }
 
 #[test]

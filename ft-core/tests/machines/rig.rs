@@ -82,6 +82,7 @@ pub(crate) fn primary_config() -> PrimaryConfig {
         audit_every: 0,
         sync_chunks: 4,
         precopy_pages_min: None,
+        release_needs_guest: true,
     }
 }
 

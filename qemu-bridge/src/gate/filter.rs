@@ -112,6 +112,10 @@ impl Gate for FilterGate {
         format!("filter-buffer on {}", ids.join(", "))
     }
 
+    fn releases_by_qemu(&self) -> bool {
+        true
+    }
+
     fn perform(&mut self, operation: Operation) -> Result<Vec<Command>, GateError> {
         if matches!(operation, Operation::Close | Operation::Advance) {
             // What is on its way through the mirror is counted for the epoch that begins now.

@@ -44,6 +44,12 @@ pub trait Gate: Send + fmt::Debug {
         false
     }
 
+    /// Whether what is released goes through QEMU's own queues: those stand still with the guest, and
+    /// what is in them leaves at `cont` (`qemu_can_send_packet` in net/net.c).
+    fn releases_by_qemu(&self) -> bool {
+        false
+    }
+
     /// Carries out an operation: at once, or by the commands that it returns. Those go to QEMU in
     /// one write, after what was sent before; one that fails means that the gate can't be relied on.
     ///
