@@ -61,7 +61,7 @@ struct Subject {
 impl Subject {
     fn look(process: QemuProcess, mut qmp: Qmp) -> anyhow::Result<Subject> {
         // Watching first: nothing can then change unseen between the two.
-        let watch = ShapeWatch::begin(&mut qmp, ANSWER_PATIENCE)?;
+        let watch = ShapeWatch::begin(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
         let blocks = ram_blocks(&mut qmp, process.pid(), ANSWER_PATIENCE)?;
         let shape = query_shape(&mut qmp, &blocks, ANSWER_PATIENCE)?;
         Ok(Subject {

@@ -46,6 +46,8 @@ struct Kind {
 }
 
 const SEES_RAM: &str = "another process than QEMU writes guest RAM, which the tracker can't see";
+const PASSED_THROUGH: &str =
+    "its commands go to the host's device, whose state would not go back to the last epoch";
 const NO_VHOST_USER: &str =
     "use the QEMU device instead, such as virtio-blk-pci, virtio-net-pci with a tap";
 
@@ -64,6 +66,16 @@ const DEVICES: &[Kind] = &[
         prefix: "vhost-scsi",
         why: "its disks are written by the kernel and would not go back to the last epoch",
         cure: "use virtio-scsi-pci with a read-only drive",
+    },
+    Kind {
+        prefix: "scsi-block",
+        why: PASSED_THROUGH,
+        cure: "use scsi-hd with a host_device node",
+    },
+    Kind {
+        prefix: "scsi-generic",
+        why: PASSED_THROUGH,
+        cure: "leave it out",
     },
     Kind {
         prefix: "vfio",

@@ -4,6 +4,7 @@
 //! to, which file is behind a serial line) are left out, except for a netdev's type, which is part of
 //! the device state.
 
+mod images;
 mod network;
 mod watch;
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::images::Images;
 use super::{DEVICE_FOLDERS, ShapeError, children, list, parse_network};
 use crate::blocks::parse_listing;
 use crate::qmp::{Command, Incoming, Qmp, QmpFailure, RequestId};
@@ -28,6 +29,7 @@ pub enum Finding {
 pub struct ShapeWatch {
     /// Name and value of everything that is watched, by question.
     baseline: Vec<Facts>,
+    images: Images,
     direct_io: bool,
     pending: BTreeMap<RequestId, Question>,
 }
@@ -57,12 +59,12 @@ const QUESTIONS: [Question; 7] = [
 ];
 
 impl ShapeWatch {
-    /// Asks everything for the first time. Blocks. Do it *before* the shape is queried, so that nothing can
+    /// Asks everything for the first time, of QEMU's process `pid`. Blocks. Do it *before* the shape is queried, so that nothing can
     /// change between the two unseen.
     ///
     /// # Errors
     /// QEMU doesn't answer as expected.
-    pub fn begin(qmp: &mut Qmp, timeout: Duration) -> Result<ShapeWatch, ShapeError> {
+    pub fn begin(qmp: &mut Qmp, pid: i32, timeout: Duration) -> Result<ShapeWatch, ShapeError> {
         let commands = QUESTIONS.map(Question::command);
         let replies = qmp.call_all(&commands, timeout)?;
         let facts = QUESTIONS.iter().zip(&replies).map(|(question, reply)| {
@@ -77,8 +79,11 @@ impl ShapeWatch {
         let baseline = facts.collect::<Result<Vec<_>, _>>()?;
         let nodes = QUESTIONS.iter().position(|q| *q == Question::BlockNodes);
         let nodes = nodes.and_then(|at| replies[at].as_ref().ok());
+        let nodes = nodes.unwrap_or(&Value::Null);
+        let images = Images::look(pid, nodes);
         Ok(ShapeWatch {
-            direct_io: nodes.is_none_or(uses_direct_io),
+            direct_io: images.any_direct(nodes),
+            images,
             baseline,
             pending: BTreeMap::new(),
         })
@@ -120,7 +125,8 @@ impl ShapeWatch {
             return Some(Finding::RunState(status.to_owned()));
         }
         if question == Question::BlockNodes {
-            self.direct_io = result.as_ref().map_or(true, uses_direct_io);
+            let nodes = result.as_ref().unwrap_or(&Value::Null);
+            self.direct_io = self.images.any_direct(nodes);
             return None;
         }
         let what = match facts_of(question, result) {
@@ -207,14 +213,6 @@ impl Question {
             Question::BlockNodes | Question::RunState => Facts::new(),
         })
     }
-}
-
-/// From an answer to `query-named-block-nodes`.
-fn uses_direct_io(nodes: &Value) -> bool {
-    let is_cached = |node: &Value| node["cache"]["direct"] == false;
-    !nodes
-        .as_array()
-        .is_some_and(|nodes| nodes.iter().all(is_cached))
 }
 
 /// Why QEMU would not migrate, from an answer to `query-migrate`.

@@ -1,5 +1,6 @@
 //! Shapes of real machines: equal for a pair, different when something is plugged.
 
+use std::path::Path;
 use std::time::Duration;
 
 use ft_core::VmShape;
@@ -161,7 +162,7 @@ fn every_kind_of_difference_is_named() {
 fn watch_names_what_was_plugged() {
     for qemu in qemus() {
         let mut vm = TestQemu::start(&qemu, Q35);
-        let mut watch = ShapeWatch::begin(&mut vm.qmp, PATIENCE).unwrap();
+        let mut watch = ShapeWatch::begin(&mut vm.qmp, vm.process.pid(), PATIENCE).unwrap();
         let running = [Finding::RunState("running".to_owned())];
         let start = std::time::Instant::now();
         assert_eq!(look(&mut vm, &mut watch), running);
@@ -198,4 +199,41 @@ fn watch_names_what_was_plugged() {
             [Finding::RunState("paused".to_owned())]
         );
     }
+}
+
+/// Copies of a running guest's pages are relied on only where no disk's data can come into them late.
+#[test]
+fn disks_that_may_be_read_past_the_page_cache_are_known() {
+    let image = Path::new("/dev/shm").join(format!("ft-bridge-{}.img", std::process::id()));
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let image = image.display().to_string();
+    let drive = |file: &str, cache: &str| {
+        format!("file={file},format=raw,if=none,id=d,readonly=on,cache={cache}")
+    };
+    for qemu in qemus() {
+        let watch = |drive: &str| {
+            let mut vm = TestQemu::start(&qemu, &["-m", "64", "-drive", drive]);
+            let pid = vm.process.pid();
+            let watch = ShapeWatch::begin(&mut vm.qmp, pid, PATIENCE).unwrap();
+            (vm, watch)
+        };
+        let (mut vm, mut seen) = watch(&drive(&image, "writeback"));
+        assert!(!seen.direct_io(), "tmpfs, by way of the page cache");
+        // Another file of the same file system: nobody has looked at it.
+        let late = Command::new("blockdev-add")
+            .arg("driver", "file")
+            .arg("node-name", "late")
+            .arg("read-only", true)
+            .arg("filename", "/proc/self/exe");
+        vm.qmp.call(late, PATIENCE).unwrap();
+        look(&mut vm, &mut seen);
+        assert!(seen.direct_io(), "a file that came later");
+
+        // sysfs stands for every file system that isn't known to copy.
+        let (_vm, seen) = watch(&drive("/sys/kernel/notes", "writeback"));
+        assert!(seen.direct_io(), "an unknown file system");
+        let (_vm, seen) = watch("if=none,id=d,driver=null-co,read-zeroes=on");
+        assert!(!seen.direct_io(), "no file at all");
+    }
+    std::fs::remove_file(image).unwrap();
 }
