@@ -56,6 +56,8 @@ enum Purpose {
     GateStep,
     MoveGate,
     Release(Epoch),
+    /// See [`long_question`].
+    Cover,
     /// Its failure is worth a line, nothing more.
     Other(&'static str),
 }
@@ -148,6 +150,9 @@ impl Qemu {
     }
 
     pub(super) fn pause_and_save(&mut self) {
+        if self.batch.is_empty() {
+            self.batch.push((long_question(), Purpose::Cover));
+        }
         self.pause();
         self.batch.push((self.sink.save_command(), Purpose::Save));
     }
@@ -451,6 +456,7 @@ impl Qemu {
                 }
                 return;
             }
+            Purpose::Cover => return,
             Purpose::Other(what) => {
                 if let Err(text) = result {
                     tracing::warn!("{what} failed: {text}");
@@ -527,4 +533,14 @@ impl Qemu {
             }
         }
     }
+}
+
+/// A question that takes QEMU a moment and changes nothing: there is no such object, and a name without a
+/// slash is looked for in all of its tree (qom/object.c, `object_resolve_partial_path`).
+///
+/// QEMU reads commands byte by byte, and stops the guest as soon as it has read `stop`: the guest would stand
+/// still while the much longer command that saves is read. With this before it, QEMU is busy
+/// when it reads `stop`, and has read the rest when it comes to it. The commands of a gate do the same.
+fn long_question() -> Command {
+    Command::new("qom-list").arg("path", "-")
 }
