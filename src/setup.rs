@@ -508,8 +508,10 @@ fn prove_tracker(
     running: bool,
 ) -> anyhow::Result<(Box<dyn Tracker>, String, Duration)> {
     let (mut tracker, said) = tracker::choose(settings.tracker, ram)?;
-    if running {
-        qmp.call(Command::new("stop"), ANSWER_PATIENCE)?;
+    if running && let Err(error) = qmp.call(Command::new("stop"), ANSWER_PATIENCE) {
+        // It may be carried out all the same, when QEMU comes to it.
+        undo(qmp, vec![Command::new("cont")]);
+        return Err(error.into());
     }
     let tested = self_test(tracker.as_mut(), ram);
     let began = Instant::now();

@@ -20,6 +20,7 @@ on_both_qemus! {
     operator_stops_and_continues,
     stopped_guest_survives_stopped_with_its_screen,
     mostly_empty_guest_stays_empty,
+    busy_guest_is_copied_before_its_pauses,
 }
 
 fn guest_reboots_before_and_after(stage: &Stage) -> Result<()> {
@@ -156,4 +157,21 @@ fn mostly_empty_guest_stays_empty(stage: &Stage) -> Result<()> {
 /// What a QEMU's RAM takes.
 fn used(qemu: &Process) -> Result<u64> {
     Ok(std::fs::metadata(ram_file(qemu)?)?.blocks() * 512)
+}
+
+/// With the tracker that can: a page that is copied in advance is one less that the guest waits for.
+fn busy_guest_is_copied_before_its_pauses(stage: &Stage) -> Result<()> {
+    const PAGES: u32 = 900;
+    let mut setup = stage.linux()?;
+    setup.guest.workload_pages = PAGES;
+    setup.options.extend(["--tracker".into(), "uffd".into()]);
+    let mut pair = stage.pair(&setup)?;
+    wait_until("pages are copied before a pause", PATIENCE, || {
+        wait_epochs(&mut pair.primary, 5)?;
+        let copied = pair.primary.numbers("epoch", "precopied_pages");
+        Ok(copied.iter().any(|pages| *pages > u64::from(PAGES / 2)))
+    })?;
+    pair.kill_host()?;
+    check_survivor(&mut pair)?;
+    Ok(())
 }

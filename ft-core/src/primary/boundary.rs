@@ -11,13 +11,16 @@
 use super::closing::Closing;
 use super::commands::Kind;
 use super::push::Inflight;
-use super::{Action, GateState, Harvest, Phases, Primary, Protection, Report, Step};
+use super::{Action, End, GateState, Harvest, Phases, Primary, Protection, Report, Step};
 use crate::types::{Epoch, EpochKind, Micros, RunState};
 use std::time::Duration;
 
 /// After a failed boundary the next one waits, twice as long each time, up to a second.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
+/// Failures in a row, a minute of them, after which nobody can say any more that the guest is protected; and
+/// what it says would wait on.
+const FAILURES_MAX: u32 = 64;
 /// What a guest writes in a usual epoch in which it only waits: clocks, timers, a scheduler's tick.
 const IDLE_PAGES_MAX: u64 = 64;
 /// Work comes in bursts: one quiet epoch between two of them means nothing.
@@ -286,7 +289,6 @@ impl Primary {
         if self.inflight.is_none() {
             return; // given up with the backup, while the guest was told to go on
         }
-        self.failures = 0;
         self.resumed_at = self.now;
         if boundary.resumes()
             && let Some(inflight) = &mut self.inflight
@@ -313,6 +315,7 @@ impl Primary {
             Step::Seal => {
                 self.worker_jobs -= 1;
                 self.report(Report::Error(text));
+                self.back_off();
                 return self.abandon_inflight();
             }
             Step::Precopy => {
@@ -391,12 +394,22 @@ impl Primary {
 
     fn end_aborted(&mut self) {
         self.boundary = None;
+        self.back_off();
+        self.abandon_inflight();
+    }
+
+    /// An epoch has failed by itself.
+    fn back_off(&mut self) {
         self.failures += 1;
         let backoff = RETRY_MIN
             .saturating_mul(1 << self.failures.min(8))
             .min(RETRY_MAX);
         self.next_boundary = self.now + backoff;
-        self.abandon_inflight();
+        if self.failures == FAILURES_MAX {
+            let text = format!("{FAILURES_MAX} epochs in a row have failed");
+            self.report(Report::Error(text.clone()));
+            self.begin_closing(Closing::detach(End::Unprotectable(text)));
+        }
     }
 
     /// The guest has sent something that waits for an acknowledgement.

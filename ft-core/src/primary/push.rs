@@ -146,6 +146,7 @@ impl Primary {
         inflight.acknowledged = Some(self.now);
         let (kind, boundary_at, run_state) =
             (inflight.kind, inflight.boundary_at, inflight.run_state);
+        self.failures = 0;
         self.acknowledged = epoch;
         self.acknowledged_boundary = Some(boundary_at);
         self.run_state_sent = Some(run_state);

@@ -287,7 +287,7 @@ fn a_throttled_guest_goes_on_after_a_seal_has_failed() {
     let (step, text) = (Step::Seal, "the test says so".to_owned());
     let failed = Input::StepFailed { step, text };
     pair.primary.machine.handle(pair.now, failed);
-    pair.pass(2 * EPOCH);
+    pair.pass(10 * EPOCH);
     assert!(pair.primary.vm_runs);
     assert!(pair.primary.machine.status().last_acknowledged > before);
 }
@@ -423,6 +423,25 @@ fn steps_of_a_boundary_fail() {
 }
 
 #[test]
+fn a_minute_of_failures_ends_the_protection() {
+    for step in [Step::Save, Step::Harvest, Step::Seal] {
+        let mut pair = Pair::protected();
+        pair.primary.fails_always = Some(step);
+        pair.pass(Duration::from_secs(30));
+        assert_eq!(pair.primary.end(), None, "{step:?}");
+        pair.pass(Duration::from_secs(60));
+        let end = pair.primary.end();
+        assert!(
+            matches!(end, Some(End::Unprotectable(_))),
+            "{step:?}: {end:?}"
+        );
+        assert!(pair.primary.vm_runs, "{step:?}");
+        pair.primary_dies();
+        assert_eq!(pair.backup.activated(), None, "after a clean end");
+    }
+}
+
+#[test]
 fn backup_dies() {
     let mut pair = Pair::protected();
     pair.forget_actions();
@@ -548,7 +567,7 @@ fn a_switchover_takes_another_epoch_if_its_last_one_fails() {
     pair.primary
         .machine
         .handle(pair.now, Input::Command(Command::Switchover));
-    pair.pass(3 * EPOCH);
+    pair.pass(10 * EPOCH);
     assert!(pair.primary.fails.is_none());
     assert_eq!(
         pair.backup.activated(),

@@ -33,6 +33,8 @@ pub(crate) struct PrimaryRig {
     pub(crate) vm_runs: bool,
     /// The next command of this kind fails.
     pub(crate) fails: Option<primary::Step>,
+    /// All of them fail.
+    pub(crate) fails_always: Option<primary::Step>,
     /// The worker never ends a seal.
     pub(crate) seal_hangs: bool,
     /// Of every harvest.
@@ -110,6 +112,7 @@ impl PrimaryRig {
             pushed: VecDeque::new(),
             vm_runs: true,
             fails: None,
+            fails_always: None,
             seal_hangs: false,
             dirty_pages: 0,
             precopied_pages: 0,
@@ -209,7 +212,8 @@ impl PrimaryRig {
 
     fn failing(&mut self, step: primary::Step) -> bool {
         let text = "the test says so".to_owned();
-        let fails = self.fails.take_if(|s| *s == step).is_some();
+        let once = self.fails.take_if(|s| *s == step).is_some();
+        let fails = once || self.fails_always == Some(step);
         if fails {
             self.answers
                 .push_back(primary::Input::StepFailed { step, text });
