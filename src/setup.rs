@@ -156,6 +156,13 @@ fn prepare_primary(
     let (tracker, said, scan) = prove_tracker(settings, &ram, &mut qmp, running)?;
     tracing::info!("{said}");
     let tracker_name = tracker.name().to_owned();
+    if tracker.arms_live() && watch.direct_io() {
+        tracing::info!(
+            "no pages are copied before a pause: data may come into the guest's RAM past the page cache \
+             (a disk with cache.direct=on, or a file of QEMU on another file system than ext4, XFS, \
+             Btrfs, tmpfs, NFS)"
+        );
+    }
     let precopy_pages_min = tracker.arms_live().then_some(PRECOPY_PAGES_MIN);
     let guard = Guard::start(process.pidfd())?;
     let session = Session(random_number()?);
@@ -173,7 +180,8 @@ fn prepare_primary(
             return Err(error);
         }
     };
-    let release_needs_guest = gate.releases_by_qemu();
+    // What the guest does in a moment that is forgotten would stay on a disk that isn't replicated.
+    let release_needs_guest = gate.releases_by_qemu() && !settings.allow_unreplicated_disks;
     // Without a gate that tells of waiting output, every epoch is the longest that may be.
     let epoch_idle = match gate.waiting_fd() {
         Some(_) => settings.epoch_idle,
@@ -511,7 +519,9 @@ fn prove_tracker(
     if running && let Err(error) = qmp.call(Command::new("stop"), ANSWER_PATIENCE) {
         // It may be carried out all the same, when QEMU comes to it.
         undo(qmp, vec![Command::new("cont")]);
-        return Err(error.into());
+        return Err(error).context(
+            "trying a tracker: QEMU may stop the guest when it answers again; look, and say cont",
+        );
     }
     let tested = self_test(tracker.as_mut(), ram);
     let began = Instant::now();

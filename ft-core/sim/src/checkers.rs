@@ -41,7 +41,9 @@ pub struct Checks {
     pub acknowledged: u64,
     pub failovers: u64,
     pub late_writes: u64,
-    /// QEMU has refused a command: the last packets before a switchover may be lost by that.
+    /// Of the newest boundary.
+    last_run_state: Option<(Epoch, RunState)>,
+    /// QEMU has refused a command since: the last packets before a switchover may be lost by that.
     pub command_failed: bool,
     /// What a stranger may have overheard.
     pub replays: Vec<Vec<u8>>,
@@ -50,10 +52,18 @@ pub struct Checks {
 
 impl Checks {
     /// Called when the last chunk of an epoch is filled.
-    pub fn note_boundary(&mut self, frame: Frame, saved: Option<Rc<Snapshot>>, device: Device) {
+    pub fn note_boundary(
+        &mut self,
+        frame: Frame,
+        saved: Option<Rc<Snapshot>>,
+        device: Device,
+        run_state: RunState,
+    ) {
         let Some(saved) = saved.filter(|s| s.device == device) else {
             return;
         };
+        self.command_failed = false;
+        self.last_run_state = Some((frame.epoch, run_state));
         self.boundaries.insert(frame.epoch.0, saved);
         while self.boundaries.len() > BOUNDARIES_KEPT {
             self.boundaries.pop_first();
@@ -204,9 +214,6 @@ impl World {
             let text = format!("the survivor resumes at {tick}, but packet {outside} is outside");
             return self.violation(text);
         }
-        if self.checks.reason == Some(Reason::Switchover) && run_state == RunState::Running {
-            self.check_all_said(tick);
-        }
         if self.checks.reason == Some(Reason::Silence) && run_state == RunState::Running {
             self.check_lease();
         }
@@ -214,10 +221,19 @@ impl World {
         self.checks.failovers += 1;
     }
 
-    /// What the survivor remembers to have sent has left, for it will not be sent again.
-    fn check_all_said(&mut self, tick: u64) {
+    /// At the decision to take over by plan: what the survivor remembers to have sent has left, for it will
+    /// not be sent again. A guest that an operator has stopped is left out: QEMU keeps its packets.
+    fn check_all_said(&mut self, epoch: Epoch) {
+        let Some(boundary) = self.checks.boundaries.get(&epoch.0) else {
+            return; // told at the activation
+        };
+        let tick = boundary.device.tick;
+        let ran = self.checks.last_run_state == Some((epoch, RunState::Running));
         let held = self.primary.vm.as_ref().and_then(|vm| vm.oldest_held());
-        if let Some(held) = held.filter(|held| *held <= tick && !self.checks.command_failed) {
+        if let Some(held) = held.filter(|held| *held <= tick)
+            && ran
+            && !self.checks.command_failed
+        {
             self.violation(format!(
                 "switched over at {tick}, and packet {held} has not left"
             ));
@@ -249,10 +265,13 @@ impl World {
     }
 
     pub fn backup_report(&mut self, report: &backup::Report) {
-        let backup::Report::Activating { reason, .. } = report else {
+        let backup::Report::Activating { reason, epoch, .. } = report else {
             return;
         };
         self.checks.reason = Some(*reason);
+        if *reason == Reason::Switchover {
+            self.check_all_said(*epoch);
+        }
         let alive = self.primary.up && self.primary.vm.is_some();
         let runs = alive && self.primary.vm.as_ref().is_some_and(|vm| vm.running);
         // Who goes on without the backup and leaves has taken two copies into account.

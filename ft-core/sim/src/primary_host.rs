@@ -574,12 +574,13 @@ impl World {
         let done = daemon.worker.step(vm);
         if let Some(Done::Chunk(Chunk {
             frame,
-            end: Some((device, _)),
+            end: Some((device, trailer)),
             ..
         })) = &done
         {
             let saved = vm.saved.clone();
-            self.checks.note_boundary(*frame, saved, *device);
+            self.checks
+                .note_boundary(*frame, saved, *device, trailer.run_state);
         }
         self.schedule_worker();
         if let Some(done) = done {

@@ -34,7 +34,8 @@ pub struct PrimaryConfig {
     /// the pause, and in it only what was written since. `None` where a copy of a running guest's page
     /// can't be relied on.
     pub precopy_pages_min: Option<u64>,
-    /// What the gate releases while the guest stands still stays in QEMU until the next `cont`.
+    /// What the gate releases while the guest stands still stays in QEMU until the next `cont`, and
+    /// nothing but the gate's output comes of letting the guest run for a moment that is forgotten.
     pub release_needs_guest: bool,
 }
 

@@ -45,6 +45,8 @@ pub(super) struct Boundary {
     resume: bool,
     resume_asked: bool,
     aborted: bool,
+    /// By a step of its own.
+    failed: bool,
 }
 
 impl Boundary {
@@ -129,6 +131,7 @@ impl Primary {
             resume: false,
             resume_asked: false,
             aborted: false,
+            failed: false,
         });
         self.inflight = Some(Inflight {
             epoch,
@@ -325,9 +328,12 @@ impl Primary {
             }
             Step::Pause => {
                 self.commands.replied(Kind::Stop);
-                self.stopped_by_us = false;
+                self.stopped_by_us = self.found_stopped;
                 if self.hold.pauses_pending > 0 {
                     self.hold.pauses_pending -= 1;
+                    if !self.stopped_by_us && self.switchover_wanted() && self.hold.fenced {
+                        self.give_up_switchover("QEMU does not stop the guest again");
+                    }
                     return self.report(Report::Error(text));
                 }
             }
@@ -366,6 +372,7 @@ impl Primary {
             }
             Step::Precopy | Step::Seal | Step::Arm | Step::Round => {}
         }
+        boundary.failed = true;
         self.abort_boundary(text);
     }
 
@@ -393,8 +400,12 @@ impl Primary {
     }
 
     fn end_aborted(&mut self) {
-        self.boundary = None;
-        self.back_off();
+        let failed = self.boundary.take().is_some_and(|b| b.failed);
+        if failed {
+            self.back_off();
+        } else {
+            self.next_boundary = self.now + RETRY_MIN;
+        }
         self.abandon_inflight();
     }
 
@@ -405,7 +416,8 @@ impl Primary {
             .saturating_mul(1 << self.failures.min(8))
             .min(RETRY_MAX);
         self.next_boundary = self.now + backoff;
-        if self.failures == FAILURES_MAX {
+        // Of a guest that stands still nothing waits, and an operator's long command may be why.
+        if self.guest_running && self.failures.is_multiple_of(FAILURES_MAX) {
             let text = format!("{FAILURES_MAX} epochs in a row have failed");
             self.report(Report::Error(text.clone()));
             self.begin_closing(Closing::detach(End::Unprotectable(text)));
@@ -427,7 +439,7 @@ impl Primary {
         // In a longer epoch it may write as much more, or each one of those would end its rest.
         let usual_epochs = ran.as_micros() / self.config.epoch_interval.as_micros().max(1);
         let quiet = u128::from(dirty_pages) <= u128::from(IDLE_PAGES_MAX) * usual_epochs.max(1);
-        let idle = quiet && !self.output_waiting && self.failures == 0;
+        let idle = quiet && !self.output_waiting;
         self.idle_epochs = if idle {
             self.idle_epochs.saturating_add(1)
         } else {

@@ -103,6 +103,13 @@ impl Primary {
     }
 
     pub(super) fn on_shutdown(&mut self) {
+        if self
+            .closing
+            .as_ref()
+            .is_some_and(|c| c.is_switchover() && c.sent)
+        {
+            return; // in a moment that is forgotten: the backup's copy will power off itself
+        }
         self.guest_running = false;
         self.closing = Some(Closing {
             kind: Kind::PoweredOff,
@@ -114,6 +121,9 @@ impl Primary {
     pub(super) fn on_qemu_gone(&mut self, text: String) {
         self.boundary = None;
         self.sync = None;
+        // No reply comes any more.
+        self.hold.pauses_pending = 0;
+        self.hold.resumes_pending = 0;
         self.guest_running = false;
         if let Some(Closing {
             kind: Kind::PoweredOff,
@@ -169,12 +179,30 @@ impl Primary {
             Kind::Switchover => {
                 // The last epoch leaves the guest fenced; its release ends it.
                 let settled = self.boundary.is_none() && self.inflight.is_none();
-                if self.hold.fenced && settled && !self.hold_pending() && up {
+                if !self.hold.fenced || !settled || self.hold_pending() || !up {
+                    return;
+                }
+                if self.last_output_waits {
+                    self.let_last_output_out();
+                } else {
                     self.send(self.acknowledged, &Message::Switchover);
                     self.activation_ordered = true;
                     self.sent(ACTIVATION_PATIENCE);
                 }
             }
+        }
+    }
+
+    /// The guest runs for a moment, and never again. The gate holds what it says then, and the backup goes on
+    /// from before it. Not after the lease, when the backup may run a copy already: an answer of
+    /// the backup makes it good again.
+    fn let_last_output_out(&mut self) {
+        if self.now < self.lease.ends() {
+            self.last_output_waits = false;
+            self.hold.resumes_pending += 1;
+            self.resume_vm();
+            self.hold.pauses_pending += 1;
+            self.pause_vm();
         }
     }
 
@@ -268,7 +296,8 @@ impl Primary {
                 self.act(Action::Guardian { armed: false });
                 self.store_unprotected();
                 if !self.backup_may_activate {
-                    // Its last words may leave.
+                    // Its last words may leave, as far as QEMU lets go of them: of a guest that is powered
+                    // off it sends nothing that it had not taken over before.
                     self.act(Action::Gate(GateState::Open));
                 }
                 self.act(Action::EndVm);

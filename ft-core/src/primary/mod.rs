@@ -80,6 +80,8 @@ pub struct Primary {
     /// Jobs of the worker that have not reported their end.
     worker_jobs: u32,
     closing: Option<Closing>,
+    /// The last epoch before a switchover is released, and QEMU keeps that until its guest runs.
+    last_output_waits: bool,
     finished: bool,
 
     /// The guest would run if we did not hold it.
@@ -138,6 +140,7 @@ impl Primary {
             push: PushQueue::default(),
             worker_jobs: 0,
             closing: None,
+            last_output_waits: false,
             finished: false,
             guest_running: vm.running,
             run_state_sent: None,
@@ -357,6 +360,7 @@ impl Primary {
 
     fn on_resume_failed(&mut self) {
         self.stopped_by_us = true;
+        self.found_stopped = true; // by a `stop` behind it
         self.resume_retry = Some(self.now + RESUME_RETRY);
     }
 
@@ -397,14 +401,18 @@ impl Primary {
         });
     }
 
+    /// Before the backup is told: the guest runs here.
+    fn give_up_switchover(&mut self, why: &str) {
+        self.closing = None;
+        self.hold.fenced = false;
+        self.report(Report::Error(format!("switchover given up: {why}")));
+    }
+
     /// Somebody else has sent `cont`.
     fn on_foreign_resume(&mut self) {
         self.set_guest_running(true);
         if self.switchover_wanted() && self.hold.fenced {
-            self.closing = None;
-            self.hold.fenced = false;
-            let text = "switchover given up: somebody else has resumed the guest";
-            self.report(Report::Error(text.to_owned()));
+            self.give_up_switchover("somebody else has resumed the guest");
         } else if self.hold.fenced {
             self.fence_vm();
         } else if self.hold.throttled {

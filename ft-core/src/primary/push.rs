@@ -162,20 +162,10 @@ impl Primary {
         if self.hold.throttled {
             self.set_throttled(false);
         }
-        if self.switchover_wanted() && self.hold.fenced && run_state == RunState::Running {
-            self.let_last_output_out();
-        }
-    }
-
-    /// The guest runs for a moment, and never again: the gate holds what it says then, and what it does
-    /// ends with it.
-    fn let_last_output_out(&mut self) {
-        if self.config.release_needs_guest {
-            self.hold.resumes_pending += 1;
-            self.resume_vm();
-            self.hold.pauses_pending += 1;
-            self.pause_vm();
-        }
+        self.last_output_waits = self.config.release_needs_guest
+            && self.switchover_wanted()
+            && self.hold.fenced
+            && run_state == RunState::Running;
     }
 
     pub(super) fn on_released(&mut self, epoch: Epoch) {

@@ -388,6 +388,7 @@ impl Primary {
         self.acknowledged_boundary = None;
         self.run_state_sent = None;
         self.next_kind = EpochKind::Delta;
+        self.failures = 0;
         self.activation_ordered = false;
         if self.inflight.take().is_some() {
             self.act(Action::MergeDirt);

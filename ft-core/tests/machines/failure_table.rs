@@ -424,7 +424,7 @@ fn steps_of_a_boundary_fail() {
 
 #[test]
 fn a_minute_of_failures_ends_the_protection() {
-    for step in [Step::Save, Step::Harvest, Step::Seal] {
+    for step in [Step::Pause, Step::Save, Step::Harvest, Step::Seal] {
         let mut pair = Pair::protected();
         pair.primary.fails_always = Some(step);
         pair.pass(Duration::from_secs(30));
@@ -572,6 +572,43 @@ fn a_switchover_takes_another_epoch_if_its_last_one_fails() {
     assert_eq!(
         pair.backup.activated(),
         Some((before.next(), RunState::Running))
+    );
+}
+
+/// QEMU refuses to let the guest go on for the moment in which its last output leaves.
+#[test]
+fn a_switchover_goes_on_without_its_last_output() {
+    let mut pair = Pair::protected();
+    pair.primary.fails_behind_release = Some(Step::Resume);
+    let switchover = Input::Command(Command::Switchover);
+    pair.primary.machine.handle(pair.now, switchover);
+    pair.pass(3 * EPOCH);
+    assert!(pair.primary.fails.is_none());
+    assert!(matches!(pair.primary.end(), Some(End::SwitchedOver { .. })));
+    // Had it failed, nobody would have let the guest go on.
+    assert!(
+        !pair
+            .primary
+            .has(|a| *a == Action::Report(Report::GuestStopped))
+    );
+}
+
+/// And QEMU refuses to stop it after that: it runs, so the backup must not.
+#[test]
+fn a_switchover_whose_guest_runs_is_given_up() {
+    let mut pair = Pair::protected();
+    pair.primary.fails_behind_release = Some(Step::Pause);
+    let switchover = Input::Command(Command::Switchover);
+    pair.primary.machine.handle(pair.now, switchover);
+    let before = pair.backup.machine.status().last_flipped;
+    pair.pass(5 * EPOCH);
+    assert!(pair.primary.fails.is_none());
+    assert_eq!(pair.primary.end(), None);
+    assert_eq!(pair.backup.activated(), None);
+    assert!(pair.primary.vm_runs && !pair.primary.machine.status().fenced);
+    assert!(
+        pair.backup.machine.status().last_flipped > before.next(),
+        "epochs go on"
     );
 }
 

@@ -35,6 +35,8 @@ pub(crate) struct PrimaryRig {
     pub(crate) fails: Option<primary::Step>,
     /// All of them fail.
     pub(crate) fails_always: Option<primary::Step>,
+    /// The next one after a release fails.
+    pub(crate) fails_behind_release: Option<primary::Step>,
     /// The worker never ends a seal.
     pub(crate) seal_hangs: bool,
     /// Of every harvest.
@@ -113,6 +115,7 @@ impl PrimaryRig {
             vm_runs: true,
             fails: None,
             fails_always: None,
+            fails_behind_release: None,
             seal_hangs: false,
             dirty_pages: 0,
             precopied_pages: 0,
@@ -176,7 +179,10 @@ impl PrimaryRig {
                 Action::MoveGate | Action::Gate(GateState::Closed) => {
                     self.answers.push_back(Input::GateMoved);
                 }
-                Action::Release(epoch) => self.answers.push_back(Input::Released(*epoch)),
+                Action::Release(epoch) => {
+                    self.answers.push_back(Input::Released(*epoch));
+                    self.fails = self.fails_behind_release.take().or(self.fails);
+                }
                 Action::ArmAll => self.answers.push_back(Input::AllArmed),
                 Action::StartRound { .. } => {
                     self.answers.push_back(Input::RoundStarted { pages: 0 });

@@ -21,7 +21,7 @@ use super::{Gate, GateError, Operation};
 use crate::qmp::{Command, Qmp, QmpError};
 
 /// Microseconds of the guest's time after which QEMU would let packets go by itself: the most that
-/// fits, 71 minutes. Every boundary and every release begins it anew.
+/// fits, 71 minutes. A release begins it anew in the stage where packets wait.
 const INTERVAL_US: u32 = 4_000_000_000;
 /// Packets that a stage holds (net/queue.c, `maxlen`); it drops what is over without a word.
 const STAGE_PACKETS: u64 = 10_000;
