@@ -7,7 +7,6 @@
 //! without a cache. So only those are trusted that are known to copy.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{
     BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, ISOFS_SUPER_MAGIC, NFS_SUPER_MAGIC, TMPFS_MAGIC,
@@ -38,14 +37,13 @@ pub(super) struct Images {
 impl Images {
     /// From an answer to `query-named-block-nodes` of this process.
     pub(super) fn look(pid: i32, nodes: &Value) -> Images {
+        // A name need not lead to what is open. What is open need not be a disk, but then it is
+        // rarely on a file system of another kind.
+        let trusted = open_files_copy(pid).unwrap_or(false);
         let nodes = nodes.as_array().into_iter().flatten();
         let copied = nodes
-            .filter(|node| node["drv"] == "file")
+            .filter(|node| trusted && node["drv"] == "file")
             .filter_map(|node| node["file"].as_str())
-            .filter(|file| {
-                let found = statfs(&seen_by(pid, file));
-                found.is_ok_and(|found| COPYING.contains(&found.filesystem_type()))
-            })
             .map(str::to_owned)
             .collect();
         Images { copied }
@@ -70,11 +68,15 @@ impl Images {
     }
 }
 
-/// A file of another process, by the name that it has there.
-fn seen_by(pid: i32, file: &str) -> PathBuf {
-    let of_process = Path::new("/proc").join(pid.to_string());
-    match file.strip_prefix('/') {
-        Some(rest) => of_process.join("root").join(rest),
-        None => of_process.join("cwd").join(file),
+/// Whether all regular files that a process has open are on file systems that copy.
+fn open_files_copy(pid: i32) -> std::io::Result<bool> {
+    for descriptor in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // By this path the kernel looks at the file that is open, whatever its name leads to.
+        let path = descriptor?.path();
+        let is_file = std::fs::metadata(&path).is_ok_and(|it| it.is_file());
+        if is_file && !COPYING.contains(&statfs(&path)?.filesystem_type()) {
+            return Ok(false);
+        }
     }
+    Ok(true)
 }

@@ -1,6 +1,5 @@
 //! Shapes of real machines: equal for a pair, different when something is plugged.
 
-use std::path::Path;
 use std::time::Duration;
 
 use ft_core::VmShape;
@@ -8,7 +7,7 @@ use qemu_bridge::blocks::ram_blocks;
 use qemu_bridge::qmp::Command;
 use qemu_bridge::shape::{Finding, ShapeWatch, query_shape};
 
-use crate::support::{PATIENCE, TestQemu, qemus};
+use crate::support::{PATIENCE, TestDir, TestQemu, qemus};
 
 const Q35: &[&str] = &[
     "-m",
@@ -204,9 +203,9 @@ fn watch_names_what_was_plugged() {
 /// Copies of a running guest's pages are relied on only where no disk's data can come into them late.
 #[test]
 fn disks_that_may_be_read_past_the_page_cache_are_known() {
-    let image = Path::new("/dev/shm").join(format!("ft-bridge-{}.img", std::process::id()));
+    let place = TestDir::new();
+    let image = place.0.join("image").display().to_string();
     std::fs::write(&image, [0; 4096]).unwrap();
-    let image = image.display().to_string();
     let drive = |file: &str, cache: &str| {
         format!("file={file},format=raw,if=none,id=d,readonly=on,cache={cache}")
     };
@@ -218,8 +217,7 @@ fn disks_that_may_be_read_past_the_page_cache_are_known() {
             (vm, watch)
         };
         let (mut vm, mut seen) = watch(&drive(&image, "writeback"));
-        assert!(!seen.direct_io(), "tmpfs, by way of the page cache");
-        // Another file of the same file system: nobody has looked at it.
+        assert!(!seen.direct_io(), "by way of the page cache");
         let late = Command::new("blockdev-add")
             .arg("driver", "file")
             .arg("node-name", "late")
@@ -232,8 +230,9 @@ fn disks_that_may_be_read_past_the_page_cache_are_known() {
         // sysfs stands for every file system that isn't known to copy.
         let (_vm, seen) = watch(&drive("/sys/kernel/notes", "writeback"));
         assert!(seen.direct_io(), "an unknown file system");
+        let (_vm, seen) = watch(&drive(&image, "none"));
+        assert!(seen.direct_io(), "O_DIRECT");
         let (_vm, seen) = watch("if=none,id=d,driver=null-co,read-zeroes=on");
         assert!(!seen.direct_io(), "no file at all");
     }
-    std::fs::remove_file(image).unwrap();
 }
