@@ -11,7 +11,8 @@ use serde_json::json;
 
 use crate::on_both_qemus;
 use crate::stage::{
-    PATIENCE, Stage, check_survivor, exit_code, ram_file, run_state, wait_epochs, wait_until,
+    PATIENCE, Stage, check_survivor, exit_code, not_run, ram_file, run_state, wait_epochs,
+    wait_until,
 };
 
 on_both_qemus! {
@@ -164,8 +165,15 @@ fn busy_guest_is_copied_before_its_pauses(stage: &Stage) -> Result<()> {
     const PAGES: u32 = 900;
     let mut setup = stage.linux()?;
     setup.guest.workload_pages = PAGES;
-    setup.options.extend(["--tracker".into(), "uffd".into()]);
     let mut pair = stage.pair(&setup)?;
+    let attached = pair.primary.wait_event("attached", PATIENCE)?;
+    if attached["tracker"] != "uffd" {
+        let why = format!(
+            "only uffd can, and the tracker here is {}",
+            attached["tracker"]
+        );
+        return not_run("copying pages before a pause", &why);
+    }
     wait_until("pages are copied before a pause", PATIENCE, || {
         wait_epochs(&mut pair.primary, 5)?;
         let copied = pair.primary.numbers("epoch", "precopied_pages");

@@ -1,7 +1,6 @@
 //! What is refused, by name, before anything is touched; and what passes.
 
 use std::fs::{self, File, Permissions};
-use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::time::Duration;
@@ -16,7 +15,7 @@ use nix::unistd::{Pid, Uid};
 use serde_json::{Value, json};
 
 use crate::on_both_qemus;
-use crate::stage::{PATIENCE, Stage, wait_until};
+use crate::stage::{PATIENCE, Stage, not_run, wait_until};
 
 const PRIMARY: &str = "--mode primary --peer 127.0.0.1:1";
 
@@ -190,11 +189,7 @@ fn other_guests_are_refused_and_the_right_one_is_not(stage: &Stage) -> Result<()
 /// A user may protect a QEMU of their own, by comparing at least, and nobody else's.
 fn without_privileges_only_own_guests_are_protected(stage: &Stage) -> Result<()> {
     const NOBODY: u32 = 65534;
-    // Past the harness, which shows nothing of a test that passes: scripts/test counts it.
-    let not_run = |why: &str| -> Result<()> {
-        let line = format!("\n--- a daemon without privileges: NOT RUN: {why}\n");
-        Ok(std::io::stderr().write_all(line.as_bytes())?)
-    };
+    let not_run = |why: &str| not_run("a daemon without privileges", why);
     if !Uid::effective().is_root() {
         return not_run("only root can become nobody");
     }

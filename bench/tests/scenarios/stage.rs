@@ -262,6 +262,13 @@ pub(crate) fn wait_until(
     Ok(())
 }
 
+/// Says that something can't be tried here, past the harness, which shows nothing of a test that passes:
+/// scripts/test counts these lines.
+pub(crate) fn not_run(what: &str, why: &str) -> Result<()> {
+    let line = format!("\n--- {what}: NOT RUN: {why}\n");
+    Ok(std::io::stderr().write_all(line.as_bytes())?)
+}
+
 /// The file of a QEMU's main RAM, by way of its descriptor.
 pub(crate) fn ram_file(qemu: &Process) -> Result<PathBuf> {
     for entry in std::fs::read_dir(format!("/proc/{}/fd", qemu.pid()))? {
