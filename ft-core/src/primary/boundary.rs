@@ -2,11 +2,12 @@
 //!
 //! The gate is moved first, so that the guest need not stand still for it: what it still sends until
 //! it stops waits with the next epoch's output, longer than it must and never shorter. If the boundary
-//! is aborted, what was moved leaves with the next acknowledgement, which covers it. Only before a switchover
-//! it is moved in the pause. The save and the
-//! harvest run at the same time, in QEMU and in the worker. Neither waits for the network. When the harvest
-//! is done the guest may go on: QEMU, which does one thing after the other, ends its save first. A step
-//! that fails ends the boundary: the guest goes on, the dirt goes back.
+//! is aborted, what was moved leaves with the next acknowledgement, which covers it. Only before a
+//! switchover, after which no such epoch comes, it is moved in the pause.
+//!
+//! The save and the harvest run at the same time, in QEMU and in the worker. Neither waits for the network.
+//! When the harvest is done the guest may go on: QEMU, which does one thing after the other, ends its save
+//! first. A step that fails ends the boundary: the guest goes on, the dirt goes back.
 
 use super::closing::Closing;
 use super::commands::Kind;

@@ -296,8 +296,8 @@ impl Primary {
                 self.act(Action::Guardian { armed: false });
                 self.store_unprotected();
                 if !self.backup_may_activate {
-                    // Its last words may leave, as far as QEMU lets go of them: of a guest that is powered
-                    // off it sends nothing that it had not taken over before.
+                    // What is held may leave. With filter-buffer it gets no further than QEMU's own
+                    // queues, which stand still with the guest.
                     self.act(Action::Gate(GateState::Open));
                 }
                 self.act(Action::EndVm);

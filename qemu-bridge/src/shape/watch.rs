@@ -59,8 +59,8 @@ const QUESTIONS: [Question; 7] = [
 ];
 
 impl ShapeWatch {
-    /// Asks everything for the first time, of QEMU's process `pid`. Blocks. Do it *before* the shape is queried, so that nothing can
-    /// change between the two unseen.
+    /// Asks everything for the first time, of QEMU's process `pid`. Blocks. Do it *before* the shape is
+    /// queried, so that nothing can change between the two unseen.
     ///
     /// # Errors
     /// QEMU doesn't answer as expected.
